@@ -1,0 +1,60 @@
+"""Sfumato: private training for PyTorch that proves itself.
+
+Names are loaded when first used, so that accounting and the ledger start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sfumato import accounting, errors, noise, sampling
+    from sfumato.accounting import Budget, Epsilon, Event, Ledger
+    from sfumato.engine import PrivacyEngine
+    from sfumato.errors import SfumatoError
+    from sfumato.ghost import record
+    from sfumato.sampling import Poisson, Shuffle
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "accounting",
+    "Epsilon": "accounting",
+    "Event": "accounting",
+    "Ledger": "accounting",
+    "Poisson": "sampling",
+    "PrivacyEngine": "engine",
+    "SfumatoError": "errors",
+    "Shuffle": "sampling",
+    "record": "ghost",
+}
+_MODULES = ("accounting", "errors", "noise", "sampling")
+
+__all__ = [
+    "Budget",
+    "Epsilon",
+    "Event",
+    "Ledger",
+    "Poisson",
+    "PrivacyEngine",
+    "SfumatoError",
+    "Shuffle",
+    "accounting",
+    "errors",
+    "noise",
+    "record",
+    "sampling",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"sfumato.{name}")
+    if name in _HOMES:
+        value = getattr(import_module(f"sfumato.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

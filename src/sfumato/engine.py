@@ -1,0 +1,294 @@
+"""PrivacyEngine: makes a model, an optimizer and a loader private in one call."""
+
+import math
+import os
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sfumato.accounting import Budget, Epsilon, Event, Ledger, compose
+from sfumato.accounting import noise_multiplier as calibrate
+from sfumato.errors import BudgetExceeded, ConfigurationError, PrivacyError, UnsupportedError
+from sfumato.ghost import refuse_batch_statistics
+from sfumato.noise import Research, Secure, source
+from sfumato.plan import Plan, resolve
+from sfumato.sampling import Poisson, Shuffle
+from sfumato.session import PrivateLoader, Session, StepFacts, inspect
+
+Private = tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]
+
+
+class PrivacyEngine:
+    """Private training of a plain PyTorch loop.
+
+    Guarantee: after any number of steps, everything that was released (all values that ``p.grad``, and so the model, ever
+    took) is (ε, δ)-differentially private for adding or removing one record of the data set, with ε =
+    ``get_epsilon(delta)``; under ``Shuffle`` for zeroing out one record. Abadi et al. 2016, Algorithm 1.
+
+    Args:
+        ledger: None for a ledger in memory, a path for the durable one, or an ``sf.Ledger``.
+    """
+
+    def __init__(self, *, ledger: str | os.PathLike[str] | Ledger | None = None):
+        self.ledger = ledger if isinstance(ledger, Ledger) else Ledger(ledger)
+        self._session: Session | None = None
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: Literal["flat"] = "flat",
+        noise: Literal["secure", "research"] | Secure | Research = "secure",
+        sampling: Poisson | Shuffle | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        max_physical_batch_size: int | None = None,
+        budget: Budget | None = None,
+        batch_dim: int = 0,
+        grad_scaler: "torch.amp.GradScaler | None" = None,
+    ) -> Private:
+        """The same module and optimizer, and a private loader over the same data set.
+
+        Args:
+            noise_multiplier: σ, noise standard deviation over ``max_grad_norm``; 0 clips only and is not private.
+            max_grad_norm: C, bound on the norm of one record's gradient, in the units of the summed loss.
+            sampling: ``Poisson()`` (default; rate = batch size / data set size) or ``Shuffle()`` (no amplification).
+            loss_reduction: how the criterion joins the records of a batch.
+            max_physical_batch_size: most records in memory at once; a logical batch is split, the loop unchanged.
+            budget: the loader ends before the step that would exceed it.
+            batch_dim: axis of the model's inputs that holds the records.
+            grad_scaler: the ``GradScaler`` of an fp16 loop; its scale is divided out before clipping.
+
+        Raises:
+            ConfigurationError, UnsupportedError: before anything is changed.
+        """
+        self._refuse_second()
+        sigma = _non_negative("noise_multiplier", noise_multiplier)
+        bound = _positive("max_grad_norm", max_grad_norm)
+        _one_of("clipping", clipping, ("flat",))
+        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        physical = None if max_physical_batch_size is None else _count("max_physical_batch_size", max_physical_batch_size)
+        if sampling is not None and not isinstance(sampling, (Poisson, Shuffle)):
+            raise ConfigurationError(
+                f"sampling={sampling!r} is not sf.Poisson(...) or sf.Shuffle(...).", found=sampling, where="sampling"
+            )
+        if budget is not None and not isinstance(budget, Budget):
+            raise ConfigurationError(f"budget={budget!r} is not an sf.Budget.", found=budget, where="budget")
+        _check_model(module, optimizer)
+        batch_size, dataset_size = inspect(data_loader)
+        sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
+        origin = source(noise)
+        plan = Plan(
+            noise_multiplier=sigma,
+            max_grad_norm=bound,
+            sampler=sampler,
+            expected_batch_size=expected,
+            dataset_size=dataset_size,
+            steps_per_epoch=steps,
+            loss_reduction=loss_reduction,
+            max_physical_batch_size=physical,
+            noise_level=origin.level,
+            clipping=clipping,
+        )
+        self._session = Session(
+            module, optimizer, plan, origin, self.ledger, budget=budget, batch_dim=batch_dim, grad_scaler=grad_scaler
+        )
+        return module, optimizer, PrivateLoader(data_loader, self._session)
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        clipping: Literal["flat"] = "flat",
+        noise: Literal["secure", "research"] | Secure | Research = "secure",
+        sampling: Poisson | Shuffle | None = None,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        max_physical_batch_size: int | None = None,
+        budget: Budget | None = None,
+        batch_dim: int = 0,
+        grad_scaler: "torch.amp.GradScaler | None" = None,
+    ) -> Private:
+        """``make_private`` with the least noise for which ``epochs`` epochs stay within (``target_epsilon``, ``target_delta``).
+
+        What the ledger already holds counts against the target. The loader also ends before a step that would exceed it,
+        unless another ``budget`` is given.
+        """
+        self._refuse_second()
+        limit = Budget(epsilon=target_epsilon, delta=target_delta)
+        batch_size, dataset_size = inspect(data_loader)
+        sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
+        trial = Plan(1.0, 1.0, sampler, expected, dataset_size, steps)
+        sigma = _calibrated(trial, self.ledger.events(), limit, _count("epochs", epochs))
+        return self.make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=sigma,
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            noise=noise,
+            sampling=sampling,
+            loss_reduction=loss_reduction,
+            max_physical_batch_size=max_physical_batch_size,
+            budget=limit if budget is None else budget,
+            batch_dim=batch_dim,
+            grad_scaler=grad_scaler,
+        )
+
+    def get_epsilon(self, delta: float) -> Epsilon:
+        """Certified upper bound on ε at ``delta`` of everything this ledger has paid for; changes nothing."""
+        return self.ledger.epsilon(delta=delta)
+
+    @property
+    def plan(self) -> Plan:
+        """The joint guarantee of the current training."""
+        return self._current.plan
+
+    @property
+    def steps(self) -> int:
+        """Releases so far (logical batches, empty ones included)."""
+        return self._current.steps
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the budget ended the loader."""
+        return self._current.stopped
+
+    @property
+    def last_step(self) -> StepFacts:
+        """Un-noised facts about the last release: private diagnostics, not covered by the guarantee."""
+        return self._current.last_step
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """{parameter: "rule" | "vmap" | "microbatch"}: how its per-sample gradients are computed."""
+        return self._current.capture.parameter_tiers()
+
+    def detach(self) -> None:
+        """Leave a plain model, optimizer and data set behind; the ledger keeps what was spent."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> "PrivacyEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    @property
+    def _current(self) -> Session:
+        if self._session is None:
+            raise PrivacyError("This engine has made nothing private yet.", fix="call make_private first.")
+        return self._session
+
+    def _refuse_second(self) -> None:
+        if self._session is not None:
+            raise UnsupportedError(
+                "This engine already holds a private training.",
+                fix="call engine.detach() first, or use another PrivacyEngine on the same ledger.",
+            )
+
+
+def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"module is a {type(module).__name__}, not a torch.nn.Module.", found=type(module).__name__)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(
+            f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer.", found=type(optimizer).__name__
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "LBFGS evaluates the loss several times on one draw, and each evaluation would be a release of its own.",
+            found="LBFGS",
+            where="optimizer",
+            fix="use SGD, Adam or another optimizer that evaluates once a step.",
+        )
+    known = {id(p): n for n, p in module.named_parameters()}
+    foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
+    if foreign:
+        raise UnsupportedError(
+            f"The optimizer trains {len(foreign)} tensors that are not parameters of the module (shapes {foreign[:3]}), so "
+            "their gradients would be neither clipped nor noised.",
+            found=foreign,
+            where="optimizer",
+            fix="build the optimizer from module.parameters().",
+        )
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigurationError("The module has no trainable parameter.", where="module")
+    refuse_batch_statistics(module, "")
+
+
+def _calibrated(trial: Plan, spent: dict[Event, int], limit: Budget, epochs: int) -> float:
+    charges = trial.charges(epochs)
+    if not spent:
+        return calibrate(
+            target_epsilon=limit.epsilon, target_delta=limit.delta, sample_rate=trial.event.sample_rate, steps=charges
+        )
+
+    def total(sigma: float) -> float:
+        event = Event(trial.event.mechanism, sigma, trial.event.sample_rate, trial.adjacency, sampler=trial.event.sampler)
+        return float(compose({**spent, event: spent.get(event, 0) + charges}, delta=limit.delta))
+
+    if float(compose(spent, delta=limit.delta)) >= limit.epsilon:
+        raise BudgetExceeded(
+            f"The ledger already holds ε = {float(compose(spent, delta=limit.delta)):.4g}, at or above the target "
+            f"{limit.epsilon:g}.",
+            found=limit.epsilon,
+            where="target_epsilon",
+            fix="raise the target, or train on other records with a ledger of their own.",
+        )
+    low, high = 1e-2, 1.0
+    while total(high) > limit.epsilon:
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise BudgetExceeded(
+                f"No noise brings {epochs} more epochs below ε = {limit.epsilon:g}: too much is spent.",
+                found=limit.epsilon,
+                where="target_epsilon",
+            )
+    while high / low > 1.0002:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if total(middle) > limit.epsilon else (low, middle)
+    return high
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigurationError(f"{name}={value!r} is not a finite number.", found=value, where=name)
+    return float(value)
+
+
+def _non_negative(name: str, value: object) -> float:
+    if (number := _number(name, value)) < 0:
+        raise ConfigurationError(f"{name}={value!r} is negative.", found=value, where=name)
+    return number
+
+
+def _positive(name: str, value: object) -> float:
+    if (number := _number(name, value)) <= 0:
+        raise ConfigurationError(f"{name}={value!r} is not positive.", found=value, where=name)
+    return number
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r} is not a whole number >= 1.", found=value, where=name)
+    return value
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(allowed)}.", found=value, where=name)

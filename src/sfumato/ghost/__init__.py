@@ -1,0 +1,25 @@
+"""Per-sample gradients of any model, in one backward: capture, rules, tape, fallback ladder."""
+
+from sfumato.ghost.capture import Capture
+from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
+from sfumato.ghost.entry import install, remove
+from sfumato.ghost.fallback import refuse_batch_statistics
+from sfumato.ghost.guard import Guard
+from sfumato.ghost.pullback import Bundle, collect
+from sfumato.ghost.record import record
+from sfumato.ghost.tape import Tape
+
+__all__ = [
+    "Bundle",
+    "Capture",
+    "Guard",
+    "Tape",
+    "clipped",
+    "collect",
+    "install",
+    "record",
+    "refuse_batch_statistics",
+    "remove",
+    "total_sq_norms",
+    "wide_dtype",
+]

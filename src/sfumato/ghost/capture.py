@@ -1,0 +1,328 @@
+"""Capture: the torch-function mode that sees every operation of the forward.
+
+Tensors fall in three kinds: *tagged* (they carry records; see ``rows``), *targets* (a trainable parameter, or derived
+from parameters and constants alone) and constants. Records alone propagate their tag, targets alone run natively
+under autograd, and where the two meet a rule takes over.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
+from sfumato.ghost import indexing, rules
+from sfumato.ghost.functions import RowsFn, SpreadFn, Use
+from sfumato.ghost.propagate import clean, is_pointwise, propagate
+from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown, owners
+from sfumato.ghost.rules import NoRule
+from sfumato.ghost.tape import Tape
+from sfumato.ghost.targets import Derived, Param, Target
+
+_METADATA = set(
+    "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
+    "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
+    "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
+    "retain_grad register_hook _version output_nr is_shared item tolist __len__ __bool__ __int__ __float__ __repr__ "
+    "__format__ __hash__ __index__ equal allclose is_same_size numpy _is_view is_signed __contains__ "
+    "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
+)
+_SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
+_RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
+_COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", "") if name == "__get__" else name  # type: ignore[attr-defined]
+
+
+class Capture(TorchFunctionMode):
+    """State of one private model: its trainable parameters, the current tape, and where the records are."""
+
+    def __init__(self, module: nn.Module, batch_dim: int = 0, reduction: str = "mean"):
+        super().__init__()
+        self.module = module
+        self.batch_dim = batch_dim
+        self.reduction = reduction  # of the loss; joins losses that a model computes itself on the lower tiers
+        self.tiers: dict[str, str] = {}  # modules that run below the rule tier
+        self.live = False  # a tape is wanted
+        self.suspended = False  # inside a lower tier: operations run natively
+        self.path: list[str] = []
+        self.expected: int | None = None  # rows that the current batch must have
+        self.parameters: dict[str, Tensor] = {}
+        self._ids: dict[int, Param] = {}
+        self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._derived: dict[int, Derived] = {}
+        self._tape: Tape | None = None
+
+    # -- batches ------------------------------------------------------------------------------------------------
+
+    @property
+    def tape(self) -> Tape:
+        if self._tape is None:
+            raise UnsupportedError("No tape is open.")
+        return self._tape
+
+    @property
+    def records(self) -> int:
+        return self.tape.records or 0
+
+    def open(self, on_complete: Callable[[Tape], None], expected: int | None) -> Tape:
+        """Start a batch of ``expected`` records (None: taken from the model's first tensor)."""
+        self._tape = Tape(on_complete)
+        self.expected = expected
+        self._tags.clear()
+        self._derived.clear()
+        self.live = True
+        return self._tape
+
+    def close(self) -> None:
+        self.live = False
+        self._tape = None
+        self._tags.clear()
+        self._derived.clear()
+
+    def refresh(self) -> None:
+        """Read the trainable parameters again: freezing, unfreezing and new heads take effect at the next forward."""
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._ids = {id(p): Param(n, p) for n, p in self.parameters.items()}
+
+    def admit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tag the records among a model's inputs; everything else is a constant."""
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+        if any(self.tag(t) is not None for t in inputs):
+            return
+        dims = [t for t in inputs if t.dim() > self.batch_dim and self.target(t) is None]
+        if self.tape.records is None:
+            if self.expected is not None:
+                self.tape.records = self.expected
+            elif dims:
+                self.tape.records = dims[0].shape[self.batch_dim]
+            else:
+                raise UnknownBatchAxis("The model was called without a tensor that has a batch axis.", where=self.where())
+        carriers = [t for t in dims if t.shape[self.batch_dim] == self.records]
+        if not carriers:
+            raise RowsMismatch(
+                f"The batch has {self.records} records, but the model got tensors of shape "
+                f"{[tuple(t.shape) for t in dims]} with records on axis {self.batch_dim}; a row without a record of its own "
+                "cannot be clipped.",
+                found=[tuple(t.shape) for t in dims],
+                where=self.where(),
+                fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
+            )
+        for tensor in carriers:
+            self._refuse_transposed(tensor)
+            self.set_tag(tensor, Rows(self.batch_dim))
+
+    def _refuse_transposed(self, x: Tensor) -> None:
+        """A transposed batch with T == B has the right size on the wrong axis; its strides give it away."""
+        axis, records = self.batch_dim, self.records
+        if records < 2 or x.numel() == 0:
+            return
+        twins = [k for k in range(x.dim()) if k != axis and x.shape[k] == records and x.stride(k) > x.stride(axis) > 0]
+        if twins:
+            raise UnknownBatchAxis(
+                f"An input of shape {tuple(x.shape)} and strides {tuple(x.stride())} looks transposed: axis {axis} and "
+                f"axis {twins[0]} both have {records} entries.",
+                found=tuple(x.stride()),
+                where=self.where(),
+                fix=f"pass batch_dim={twins[0]}, or .contiguous() if axis {axis} does hold the records.",
+            )
+
+    def parameter_tiers(self) -> dict[str, str]:
+        """{parameter: the tier that computes its per-sample gradient}."""
+        return {
+            name: next((t for m, t in self.tiers.items() if not m or name.startswith(m + ".")), "rule")
+            for name in self.parameters
+        }
+
+    # -- what a tensor is -----------------------------------------------------------------------------------------
+
+    def tag(self, value: object) -> Tag | None:
+        entry = self._tags.get(id(value))
+        return entry[1] if entry is not None and entry[0]() is value else None
+
+    def set_tag(self, value: Tensor, tag: Tag) -> None:
+        self._tags[id(value)] = (weakref.ref(value), tag)
+
+    def tagged(self, value: Any, rows: Rows) -> Any:
+        for t in (value,) if isinstance(value, Tensor) else value or ():
+            self.set_tag(t, rows)
+        return value
+
+    def target(self, value: object) -> Target | None:
+        key = id(value)
+        found = self._ids.get(key) or self._derived.get(key)
+        if found is not None:
+            return found if found.tensor is value else None
+        if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"The forward uses a trainable parameter of shape {tuple(value.shape)} that is not registered in the "
+                "model, so it would be trained without clipping.",
+                where=self.where(),
+                fix="register it (an attribute, nn.ParameterList or nn.ModuleList), or freeze it.",
+            )
+        return None
+
+    def where(self) -> str:
+        return ".".join(p for p in self.path if p) or type(self.module).__name__
+
+    # -- operations -----------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.suspended or self._tape is None:
+            return func(*args, **(kwargs or {}))
+        return self.call(func, *args, **(kwargs or {}))
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run one operation as the mode sees it."""
+        name = _name(func)
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        operands = list(indexing.tensors(args, kwargs))
+        tagged = any(self.tag(t) is not None for t in operands)
+        targets = [f for t in operands if (f := self.target(t)) is not None] if torch.is_grad_enabled() else []
+        if not targets:
+            return self._records_only(func, name, args, kwargs) if tagged else func(*args, **kwargs)
+        if not tagged:
+            return self._targets_only(func, name, args, kwargs, operands, targets)
+        base = clean(name)
+        if base == "where" or (base not in rules.RULES and is_pointwise(base)):
+            return rules.broadcast(self, name, func, args, kwargs)
+        for t in operands:
+            if isinstance(tag := self.tag(t), (Coupled, Reduced)):
+                self.refuse_mixed(base, tag)
+        if base not in rules.RULES:
+            raise NoRule(base, "no rule for this operation")
+        return rules.RULES[base](self, *args, **kwargs)
+
+    def _records_only(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        base = clean(name)
+        if base in rules.SCREENS:
+            rules.SCREENS[base](self, *args, **kwargs)
+        out = func(*args, **kwargs)
+        if base == "setitem":
+            self._after_setitem(*args)
+        elif name.endswith("_") and not name.startswith("_") and base in _SWAPS | _RESHAPES:
+            self.set_tag(out, Unknown(name))
+        else:
+            for tensor, tag in propagate(name, self.tag, self.tape.records or 0, args, kwargs, out):
+                self.set_tag(tensor, tag)
+        return out
+
+    def _after_setitem(self, x: Tensor, index: Any, value: Any) -> None:
+        tag = self.tag(value)
+        if self.tag(x) is not None or tag is None:
+            return
+        region = torch.empty_like(x, device="meta")[index] if not isinstance(index, Tensor) else None
+        items = index if isinstance(index, tuple) else (index,)
+        if not isinstance(tag, Rows) or region is None or any(i is None or isinstance(i, Tensor) for i in items):
+            return self.set_tag(x, Unknown("setitem"))
+        if Ellipsis in items:
+            at = items.index(Ellipsis)
+            items = (*items[:at], *[slice(None)] * (x.dim() - len(items) + 1), *items[at + 1 :])
+        kept = [k for k in range(x.dim()) if k >= len(items) or isinstance(items[k], slice)]
+        axis = kept[tag.axis + region.dim() - value.dim()]
+        if x.shape[axis] == value.shape[tag.axis]:
+            return self.set_tag(x, tag.at(axis))
+        return self.set_tag(x, Unknown("setitem"))
+
+    def _targets_only(
+        self, func: Any, name: str, args: Any, kwargs: Any, operands: list[Tensor], targets: list[Target]
+    ) -> Any:
+        if any(t.requires_grad and self.target(t) is None for t in operands):
+            raise NoRule(clean(name), "an operand carries gradients but no known record axis")
+        out = func(*args, **kwargs)
+        source = targets[0] if len(targets) == 1 else None
+        for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
+            if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
+                self._derived[id(tensor)] = _derived(tensor, clean(name), targets, source)
+        return out
+
+    def derive(self, name: str, value: Tensor, *args: Any) -> Tensor:
+        """A view of a parameter (or constant), registered as derived from it."""
+        out: Tensor = self.call(getattr(Tensor, name), value, *args)
+        return out
+
+    def use(self, rows: Rows, weight: Tensor, bias: Tensor | None) -> Use:
+        return Use(self.tape, rows, self.records, self.target(weight), None if bias is None else self.target(bias))
+
+    # -- one copy of a parameter for each record ----------------------------------------------------------------------
+
+    def spread(self, value: Tensor) -> Tensor:
+        """(B, *shape): the parameter, once for each record."""
+        target = self.target(value)
+        out: Tensor = SpreadFn.apply(value.detach(), self.tape.anchor, target, self.tape, self.records)  # type: ignore[no-untyped-call]
+        return out
+
+    def spread_rows(self, value: Tensor, rows: Rows) -> Tensor:
+        """(R, *shape): the parameter, once for each row."""
+        copies = self.spread(value)
+        return copies if rows.plain else copies.index_select(0, owners(rows, self.records, value.device))
+
+    def spread_along(self, value: Tensor, rows: Rows, ndim: int, axis: int) -> Tensor:
+        """The parameter with the rows inserted on ``axis`` of its right-aligned ``ndim`` axes."""
+        own = axis - (ndim - value.dim())
+        if own >= 0 and value.shape[own] != 1:
+            raise NoRule("spread", "the parameter has an axis of its own where the records are")
+        copies = self.spread_rows(value, rows)
+        shaped = copies.reshape(copies.shape[0], *[1] * (ndim - value.dim()), *value.shape)
+        return shaped.movedim(0, axis).squeeze(axis + 1)
+
+    def as_rows(self, value: Tensor, rows: Rows) -> Tensor:
+        """A derived tensor that already has the rows on ``rows.axis``."""
+        target = self.target(value)
+        if isinstance(target, Param):
+            target = Derived(value, (target.name,))
+        out: Tensor = RowsFn.apply(value.detach(), self.tape.anchor, target, rows, self.tape, self.records)  # type: ignore[no-untyped-call]
+        self.set_tag(out, rows)
+        return out
+
+    def align(self, value: Tensor, rows: Rows, ndim: int) -> Tensor:
+        """A parameter made ready to be broadcast against records on ``rows.axis`` of ``ndim`` axes."""
+        if self.target(value) is None:
+            return value
+        own = rows.axis - (ndim - value.dim())
+        if own >= 0 and value.shape[own] != 1:
+            return self.as_rows(value, rows.at(own))
+        return self.spread_along(value, rows, ndim, rows.axis)
+
+    def refuse_mixed(self, name: str, tag: Tag | None) -> NoReturn:
+        if isinstance(tag, Unknown):
+            raise NoRule(name, f"the record axis was lost in {tag.by}")
+        raise CoupledRecords(
+            f"{name} uses a value in which {getattr(tag, 'by', '?')} has mixed the records of the batch, so clipping "
+            "cannot bound one record's influence.",
+            where=self.where(),
+            fix="compute it for each record on its own.",
+        )
+
+    def check_output(self, out: Any) -> None:
+        """What leaves the model with a gradient must be per record, or a plain sum or mean of records."""
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and isinstance(tag := self.tag(tensor), Coupled):
+                self.refuse_mixed("the output", tag)
+
+
+def _derived(tensor: Tensor, name: str, targets: list[Target], source: Target | None) -> Derived:
+    names = tuple(dict.fromkeys(n for t in targets for n in ((t.name,) if isinstance(t, Param) else t.names)))
+    if source is None:
+        return Derived(tensor, names)
+    shape = source.tensor.shape
+    if name in _SWAPS and len(shape) == 2 and tensor.shape == shape[::-1] and tensor.stride() == source.tensor.stride()[::-1]:
+        return Derived(tensor, names, source, swapped=True)
+    if name in _RESHAPES and tensor.numel() == source.tensor.numel():
+        return Derived(tensor, names, source, reshaped=True)
+    if name in _COPIES:
+        lead = tensor.dim() - len(shape)
+        copies = tuple(k for k in range(tensor.dim()) if k < lead or shape[k - lead] == 1)
+        if all(tensor.shape[k] == shape[k - lead] for k in range(tensor.dim()) if k not in copies):
+            return Derived(tensor, names, source, copies=copies)
+    return Derived(tensor, names)

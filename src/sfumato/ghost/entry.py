@@ -1,0 +1,124 @@
+"""Where a model enters the capture: ``forward`` of every module, overridden on the instance.
+
+A ``with`` around the call is the only thing that pops the mode when Ctrl-C interrupts a forward: module hooks do
+not run for it. Every module is a door, because users call submodules and activation checkpointing re-enters them.
+Copies and pickles of a module hold its plain forward.
+"""
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+
+from sfumato.errors import SfumatoError, UnsupportedError
+from sfumato.ghost.capture import Capture
+from sfumato.ghost.fallback import TIERS
+from sfumato.ghost.rules import NoRule
+
+
+class _Forward:
+    """Stands in for ``module.forward``."""
+
+    def __init__(self, capture: Capture, module: nn.Module, name: str):
+        self.capture, self.module, self.name = capture, module, name
+        self.own = module.__dict__.get("forward")  # another library's override, put back on removal
+        self.__wrapped__ = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        c = self.capture
+        if not c.live or c.suspended or not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        if any(mode is c for mode in _get_current_function_mode_stack()):
+            return self._run(args, kwargs)
+        if torch._C._current_graph_task_id() != -1:
+            _refuse_reentrant_checkpoint(self.name)
+        c.refresh()
+        with c:
+            c.admit(args, kwargs)
+            out = self._run(args, kwargs, outermost=True)
+            c.check_output(out)
+        return out
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], outermost: bool = False) -> Any:
+        c = self.capture
+        c.path.append(self.name)
+        try:
+            tier = c.tiers.get(self.name, "rule")
+            while True:
+                try:
+                    if tier == "rule":
+                        return self.__wrapped__(*args, **kwargs)
+                    out = TIERS[tier](c, self.module, args, kwargs)
+                    c.tiers[self.name] = tier
+                    return out
+                except NoRule as reason:
+                    tier = self._lower(tier, reason, outermost)
+                except (RuntimeError, ValueError, TypeError) as error:
+                    if isinstance(error, SfumatoError):
+                        raise
+                    if tier != "vmap":
+                        raise
+                    tier = self._lower(tier, NoRule("vmap", str(error).splitlines()[0]), outermost)
+        finally:
+            c.path.pop()
+
+    def _lower(self, tier: str, reason: NoRule, outermost: bool) -> str:
+        """The next tier for this module, or up to the module that contains it."""
+        if tier == "rule":
+            return "vmap"
+        if not outermost:
+            raise reason
+        if tier == "vmap":
+            return "microbatch"
+        raise UnsupportedError(
+            f"No exact per-sample gradient for this model: {reason}.", where=self.name or type(self.module).__name__
+        ) from reason
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self.module), self.module)
+        return types.MethodType(type(owner).forward, owner)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "forward")
+
+
+def _refuse_reentrant_checkpoint(name: str) -> None:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_code.co_filename.endswith("checkpoint.py"):
+            raise UnsupportedError(
+                "Reentrant activation checkpointing runs a backward inside the backward, so a step cannot be clipped as "
+                "a whole.",
+                where=name,
+                fix="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+            )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def install(capture: Capture) -> None:
+    """Open every module of the model to the capture."""
+    for name, module in capture.module.named_modules():
+        if isinstance(module.__dict__.get("forward"), _Forward):
+            raise UnsupportedError(
+                "The model already belongs to a private engine or record().",
+                where=name or type(module).__name__,
+                fix="call engine.detach() first.",
+            )
+    for name, module in capture.module.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__["forward"] = _Forward(capture, module, name)
+
+
+def remove(capture: Capture) -> None:
+    """Put every forward back as it was."""
+    for module in capture.module.modules():
+        override = module.__dict__.get("forward")
+        if isinstance(override, _Forward) and override.capture is capture:
+            del module.__dict__["forward"]
+            if override.own is not None:
+                module.__dict__["forward"] = override.own
+
+

@@ -1,0 +1,148 @@
+"""The lower tiers of the ladder, exact for any module: vmap of the module, then one record at a time.
+
+Both run the module natively on its own copy of the parameters for each record (``spread``), so autograd itself
+delivers per-sample gradients; dropout masks and control flow are those of the one forward that was run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from sfumato.errors import CoupledRecords, UnsupportedError
+from sfumato.ghost.capture import Capture
+from sfumato.ghost.rows import Rows
+from sfumato.ghost.rules import NoRule
+
+
+def refuse_batch_statistics(module: nn.Module, where: str) -> None:
+    """BatchNorm of a single record would train on its own statistics and publish them: refused on every tier."""
+    for name, child in module.named_modules():
+        stats = isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None)
+        if stats:
+            raise CoupledRecords(
+                f"{type(child).__name__} normalises each record by statistics of the whole batch, so clipping cannot "
+                "bound one record's influence.",
+                found=type(child).__name__,
+                where=".".join(p for p in (where, name) if p),
+                fix="replace it by GroupNorm, or put the layer in eval() mode.",
+            )
+        tracks = isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats
+        if tracks and child.training:
+            raise UnsupportedError(
+                f"{type(child).__name__} with track_running_stats=True publishes statistics of private records, un-noised.",
+                found=type(child).__name__,
+                where=".".join(p for p in (where, name) if p),
+                fix="build it with track_running_stats=False.",
+            )
+
+
+class _suspended:
+    """The mode lets everything through while a lower tier runs."""
+
+    def __init__(self, c: Capture):
+        self.c = c
+
+    def __enter__(self) -> None:
+        self.c.suspended = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.c.suspended = False
+
+
+def _copies(c: Capture, module: nn.Module) -> dict[str, Tensor]:
+    """{name in module: (B, *shape)} for the trainable parameters of the module."""
+    return {n: c.spread(p) for n, p in module.named_parameters() if c.target(p) is not None}
+
+
+def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module for every record at once under vmap, each with its own copy of the parameters."""
+    refuse_batch_statistics(module, c.where())
+    flat, spec = tree_flatten((args, kwargs))
+    axes: list[int | None] = []
+    for i, value in enumerate(flat):
+        tag = c.tag(value)
+        if isinstance(value, Tensor) and c.target(value) is not None:
+            if tag is not None:
+                raise NoRule("vmap", "an input is parameter and record at once")
+            flat[i], tag = c.spread(value).unsqueeze(1), Rows(0)
+            axes.append(0)
+            continue
+        if tag is not None and not (isinstance(tag, Rows) and tag.plain):
+            raise NoRule("vmap", "an input has no plain record axis")
+        axes.append(tag.axis if isinstance(tag, Rows) else None)
+    tensors = [v for v in flat if isinstance(v, Tensor)]
+    in_axes = [a for v, a in zip(flat, axes, strict=True) if isinstance(v, Tensor)]
+    was_target = [v is not w for v, w in zip(flat, tree_flatten((args, kwargs))[0], strict=True)]
+    squeeze = [t for v, t in zip(flat, was_target, strict=True) if isinstance(v, Tensor)]
+    if not any(a is not None for a in in_axes):
+        raise NoRule("vmap", "no input carries records")
+
+    def one(parameters: dict[str, Tensor], *inputs: Tensor) -> Any:
+        it = iter(
+            x if a is None else (x.squeeze(0) if s else x.unsqueeze(a))
+            for x, a, s in zip(inputs, in_axes, squeeze, strict=True)
+        )
+        rebuilt = [next(it) if isinstance(v, Tensor) else v for v in flat]
+        a, k = tree_unflatten(rebuilt, spec)
+        return functional_call(module, parameters, a, k)
+
+    with _suspended(c):
+        run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
+        out = run(_copies(c, module), *tensors)
+
+    def merge(value: Any) -> Any:
+        # vmap puts the records first; the record of one that the module saw follows on the batch axis
+        if not isinstance(value, Tensor):
+            return value
+        axis = in_axes[next(i for i, a in enumerate(in_axes) if a is not None)] or 0
+        if value.dim() > axis + 1 and value.shape[axis + 1] == 1:
+            value = value.movedim(0, axis).squeeze(axis + 1)
+        elif value.dim() == 1:
+            return value.mean() if c.reduction == "mean" else value.sum()
+        else:
+            raise NoRule("vmap", "an output of the module has no batch axis")
+        c.set_tag(value, Rows(axis))
+        return value
+
+    return tree_map(merge, out)
+
+
+def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module one record at a time: slowest, and exact for anything that runs on a batch of one."""
+    refuse_batch_statistics(module, c.where())
+    flat, spec = tree_flatten((args, kwargs))
+    tags = [c.tag(v) for v in flat]
+    if any(t is not None and not (isinstance(t, Rows) and t.plain) for t in tags):
+        raise NoRule("microbatch", "an input has no plain record axis")
+    copies = {n: p.unbind(0) for n, p in _copies(c, module).items()}
+    outs = []
+    with _suspended(c):
+        for b in range(c.records):
+            piece = [v.narrow(t.axis, b, 1) if isinstance(t, Rows) else v for v, t in zip(flat, tags, strict=True)]
+            a, k = tree_unflatten(piece, spec)
+            outs.append(functional_call(module, {n: p[b] for n, p in copies.items()}, a, k))
+    if not outs:
+        raise UnsupportedError("A model on the microbatch tier cannot run on an empty batch.", where=c.where())
+    leaves = [tree_flatten(o)[0] for o in outs]
+    shape = tree_flatten(outs[0])[1]
+
+    def join(values: list[Any]) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        if values[0].dim() == 0:
+            stacked = torch.stack(values)
+            return stacked.mean() if c.reduction == "mean" else stacked.sum()
+        axis = next(t.axis for t in tags if isinstance(t, Rows))
+        joined = torch.cat(values, axis)
+        c.set_tag(joined, Rows(axis))
+        return joined
+
+    return tree_unflatten([join(list(column)) for column in zip(*leaves, strict=True)], shape)
+
+
+Tier = Callable[[Capture, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+TIERS: dict[str, Tier] = {"vmap": vmapped, "microbatch": microbatched}

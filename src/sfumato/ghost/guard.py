@@ -1,0 +1,34 @@
+"""The guard: autograd may never write into a trainable parameter while its model is private.
+
+A scripted layer, a custom Function, a regulariser or a forward that bypassed the capture adds its gradient natively,
+possibly after the clipped sum was released; coverage at the end of the tape cannot see that, a hook on each leaf can.
+"""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+
+class Guard:
+    """Calls ``violated(name)`` from inside backward; it must raise."""
+
+    def __init__(self, violated: Callable[[str], None]):
+        self._violated = violated
+        self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
+
+    def watch(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Watch exactly these parameters from now on."""
+        wanted = {id(p): (n, p) for n, p in parameters}
+        for key in self._handles.keys() - wanted.keys():
+            self._handles.pop(key)[1].remove()
+        for key, (name, parameter) in wanted.items():
+            if key not in self._handles:
+                handle = parameter.register_post_accumulate_grad_hook(self._hook(name))
+                self._handles[key] = (parameter, handle)
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        return lambda _: self._violated(name)
+
+    def release(self) -> None:
+        self.watch(())

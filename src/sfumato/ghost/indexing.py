@@ -1,0 +1,135 @@
+"""Reading the arguments of torch calls: tensors among them, dims, permutations, einsum letters, index expressions."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.ghost.rows import Coupled, Rows, Tag, Unknown, from_owner, owners
+
+
+def tensors(args: Any, kwargs: dict[str, Any] | None = None) -> Iterator[Tensor]:
+    """Tensors among positional and keyword arguments, lists and tuples included."""
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+    if kwargs:
+        yield from tensors(tuple(kwargs.values()))
+
+
+def dims_of(rest: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> tuple[int, ...] | None:
+    """The ``dim`` argument as a tuple of non-negative ints; None when absent."""
+    dim = kwargs.get("dim", kwargs.get("axis", kwargs.get("dims")))
+    if dim is None and rest and not isinstance(rest[0], bool):
+        dim = rest[0]
+        if isinstance(dim, int) and len(rest) > 1 and all(isinstance(r, int) and not isinstance(r, bool) for r in rest):
+            dim = rest  # flip(0, 1)
+    if isinstance(dim, int):
+        return (dim % max(ndim, 1),)
+    if isinstance(dim, (tuple, list)) and all(isinstance(d, int) for d in dim):
+        return tuple(d % ndim for d in dim) if dim else None
+    return None
+
+
+def permutation(name: str, ndim: int, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Source axis of each output axis, found by applying the call to a tensor whose sizes name its axes."""
+    probe = torch.empty(tuple(range(2, ndim + 2)), device="meta")
+    call = getattr(Tensor, name)
+    moved = getattr(probe, name) if not callable(call) else call(probe, *rest, **kwargs)
+    return [size - 2 for size in moved.shape]
+
+
+def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str, list[Tensor]] | None:
+    """(letters of each operand, letters of the output, operands); None for ellipsis or the sublist form."""
+    if not args or not isinstance(args[0], str) or "." in args[0]:
+        return None
+    operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    equation = args[0].replace(" ", "")
+    left, arrow, output = equation.partition("->")
+    inputs = left.split(",")
+    if not arrow:
+        joined = left.replace(",", "")
+        output = "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+    return inputs, output, operands
+
+
+def _is_advanced(item: object) -> bool:
+    return isinstance(item, (Tensor, list)) or (isinstance(item, bool))
+
+
+def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tensor, index: Any, out: Any) -> Tag | None:
+    """The record axis of x[index]."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(i, (bool, list)) for i in items):
+        return Unknown("getitem")
+    used = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items if i is not None and i is not Ellipsis)
+    if any(i is Ellipsis for i in items):
+        at = next(k for k, i in enumerate(items) if i is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (x.dim() - used)
+    else:
+        items += [slice(None)] * (x.dim() - used)
+    rows = tag_of(x)
+    picks = [i for i in items if isinstance(i, Tensor)]
+    if picks:
+        return _advanced(tag_of, records, x, rows, items, picks)
+    if not isinstance(rows, Rows):
+        return None
+    source, target = 0, 0
+    for item in items:
+        if item is None:
+            target += 1
+        elif isinstance(item, slice):
+            if source == rows.axis:
+                if item == slice(None) or out.shape[target] == x.shape[source] and (item.step or 1) == 1:
+                    return rows.at(target)
+                return from_owner(target, owners(rows, records, x.device)[item], records)
+            source, target = source + 1, target + 1
+        else:
+            if source == rows.axis:
+                return Unknown("getitem")
+            source += 1
+    return Unknown("getitem")
+
+
+def _advanced(
+    tag_of: Callable[[object], Tag | None], records: int, x: Tensor, rows: Tag | None, items: list[Any], picks: list[Tensor]
+) -> Tag | None:
+    kinds = [isinstance(i, Tensor) for i in items]
+    first = kinds.index(True)
+    if any(kinds[first + len(picks) :]) or not all(kinds[first : first + len(picks)]) or None in items[:first]:
+        return Unknown("getitem")  # separated index tensors: the result axis moves to the front
+    if not all(isinstance(i, slice) and i == slice(None) for k, i in enumerate(items) if not kinds[k]):
+        return Unknown("getitem")
+    mask = picks[0].dtype == torch.bool
+    if mask and len(picks) > 1:
+        return Unknown("getitem")
+    span = picks[0].dim() if mask else len(picks)
+    width = 1 if mask else max(p.dim() for p in picks)
+    if not isinstance(rows, Rows):  # a constant table indexed by records
+        tagged = [(p, t) for p in picks if isinstance(t := tag_of(p), Rows)]
+        if mask or not tagged:
+            return Unknown("getitem")
+        moved = [t.at(first + t.axis + width - p.dim()) for p, t in tagged]
+        return moved[0] if all(m.axis == moved[0].axis and m.same_owners(moved[0]) for m in moved) else Coupled("getitem")
+    if rows.axis < first:
+        return rows if all(tag_of(p) is None for p in picks) else Coupled("getitem")
+    if rows.axis >= first + span:
+        return rows.at(rows.axis - span + width) if all(tag_of(p) is None for p in picks) else Coupled("getitem")
+    owner = owners(rows, records, x.device)
+    if mask:
+        return from_owner(first, owner[picks[0].nonzero()[:, rows.axis - first]], records)
+    pick = picks[rows.axis - first]
+    chosen = owner[pick]
+    if width == 1:
+        return from_owner(first, chosen, records)
+    # Each position of the broadcast index is one row; its owner must vary along a single axis.
+    shape = torch.broadcast_shapes(*[p.shape for p in picks])
+    full = chosen.expand(shape)
+    for k in range(len(shape)):
+        vector = full.movedim(k, 0).reshape(shape[k], -1)
+        if bool((vector == vector[:, :1]).all()):
+            return from_owner(first + k, vector[:, 0].contiguous(), records)
+    return Coupled("getitem")

@@ -1,0 +1,72 @@
+"""From the tape to per-parameter terms: derived tensors are pulled back to the parameters they came from."""
+
+import torch
+from torch import Tensor
+
+from sfumato.ghost.tape import Tape
+from sfumato.ghost.targets import Derived, Param, Target, settle, shape_of
+from sfumato.terms import Dense, Term, materialize, merge
+
+_CHUNK_ELEMENTS = 1 << 25
+
+Bundle = dict[str, list[Term]]
+
+
+def collect(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
+    """{parameter name: merged terms}. Parameters that the loss did not reach are absent."""
+    terms, row_grads = tape.take()
+    records = tape.records or 0
+    for derived, axis, grad, owner in row_grads:
+        terms.extend(_from_rows(derived, axis, grad, owner, records))
+    by_name: dict[str, list[Term]] = {}
+    by_derived: dict[Derived, list[Term]] = {}
+    for target, term in (settle(*pair) for pair in terms):
+        if isinstance(target, Param):
+            by_name.setdefault(target.name, []).append(term)
+        else:
+            by_derived.setdefault(target, []).append(term)
+    for derived, found in by_derived.items():
+        dense = sum(materialize(t) for t in merge(found))
+        if isinstance(dense, Tensor):
+            for name, grad in _pull(derived, dense, parameters).items():
+                by_name.setdefault(name, []).append(Dense(grad))
+    return {name: merge(found) for name, found in by_name.items()}
+
+
+def _pull(derived: Derived, grads: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Per-sample gradients (B, *derived.shape) to {name: (B, *parameter.shape)} through autograd's own graph."""
+    names = [n for n in derived.names if n in parameters]
+    inputs = [parameters[n] for n in names]
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, sum(p.numel() for p in inputs) + derived.tensor.numel()))
+    parts = [
+        torch.autograd.grad(
+            derived.tensor, inputs, g.to(derived.tensor.dtype), retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        for g in grads.split(chunk)
+        if g.shape[0]
+    ]
+    columns = list(zip(*parts, strict=True)) if parts else []
+    return {name: torch.cat(column) for name, column in zip(names, columns, strict=False) if column[0] is not None}
+
+
+def _from_rows(
+    derived: Derived, axis: int, grad: Tensor, owner: Tensor | None, records: int
+) -> list[tuple[Target, Term]]:
+    if derived.base is not None and axis in derived.copies and owner is None:
+        # Every row is a copy of the base: the record's gradient for the base is its own row's.
+        per_record = grad.movedim(axis, 0).unsqueeze(axis + 1)
+        return [settle(derived.base, Dense(_sum_to(per_record, shape_of(derived.base))))]
+    owner = torch.arange(records, device=grad.device) if owner is None else owner
+    full = grad.new_zeros(records, *grad.shape)
+    rows = torch.arange(owner.numel(), device=grad.device)
+    full.movedim(axis + 1, 1)[owner, rows] = grad.movedim(axis, 0)
+    return [settle(derived, Dense(full))]
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Undo a broadcast per record: x (B, *broadcast of shape) to (B, *shape)."""
+    extra = x.dim() - 1 - len(shape)
+    if extra:
+        x = x.sum(tuple(range(1, 1 + extra)))
+    axes = tuple(i + 1 for i, size in enumerate(shape) if size == 1 and x.shape[i + 1] != 1)
+    return x.sum(axes, keepdim=True) if axes else x

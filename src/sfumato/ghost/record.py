@@ -1,0 +1,103 @@
+"""record: per-sample gradients of one backward, for research and for checks. No noise, no privacy claim."""
+
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.clipping import flat_weights
+from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnclippedGradient
+from sfumato.ghost import entry
+from sfumato.ghost.capture import Capture
+from sfumato.ghost.guard import Guard
+from sfumato.ghost.pullback import Bundle, collect
+from sfumato.ghost.tape import Tape
+from sfumato.terms import materialize, merge
+from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
+
+Reduction = Literal["mean", "sum"]
+
+
+class record:
+    """``with sf.record(model) as tape: criterion(model(x), y).backward()``, forward inside the ``with``.
+
+    Gradients are those of the *sum* of per-record losses; ``loss_reduction`` says how the loss was reduced. Records lie
+    on axis ``batch_dim`` of the model's inputs. ``p.grad`` stays untouched and the model is plain again afterwards.
+
+    Raises:
+        UnsupportedError: the model cannot be recorded exactly. TokenError: a second backward.
+    """
+
+    def __init__(self, model: nn.Module, *, loss_reduction: Reduction = "mean", batch_dim: int = 0):
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigurationError(
+                f"loss_reduction={loss_reduction!r} is not 'mean' or 'sum'.", found=loss_reduction, where="loss_reduction"
+            )
+        self._capture = Capture(model, batch_dim, loss_reduction)
+        self._guard = Guard(self._violated)
+        self._bundle: Bundle | None = None
+        self._records = 0
+        self._scale = 1.0
+
+    def __enter__(self) -> "record":
+        entry.install(self._capture)
+        self._capture.refresh()
+        self._guard.watch(self._capture.parameters.items())
+        self._capture.open(self._complete, None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._capture.close()
+        self._guard.release()
+        entry.remove(self._capture)
+
+    def _violated(self, name: str) -> None:
+        self._bundle = None
+        for p in self._capture.parameters.values():
+            p.grad = None
+        raise UnclippedGradient(
+            f"Autograd wrote an unclipped gradient into {name}: some use of it bypassed the capture.", where=name
+        )
+
+    def _complete(self, tape: Tape) -> None:
+        if self._bundle is not None:
+            raise TokenError("A second backward inside one record().", fix="sum the losses and call backward once.")
+        self._bundle = collect(tape, self._capture.parameters)
+        self._records = tape.records or 0
+        self._scale = float(self._records) if self._capture.reduction == "mean" else 1.0
+
+    def _terms(self) -> Bundle:
+        if self._bundle is None:
+            raise PrivacyError("No backward has been recorded.", fix="call loss.backward() inside the with block.")
+        return self._bundle
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """{parameter: "rule" | "vmap" | "microbatch"}"""
+        return self._capture.parameter_tiers()
+
+    def sq_norms(self) -> Tensor:
+        """Squared norms of the per-sample gradients over all trainable parameters, shape (B,)."""
+        bundle = self._terms()
+        return (total_sq_norms(bundle, self._records) * self._scale**2).to(wide_dtype(self._capture.parameters.values()))
+
+    def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
+        """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
+        bundle, parameters = self._terms(), self._capture.parameters
+        sq = total_sq_norms(bundle, self._records) * self._scale**2
+        weights = flat_weights(sq, max_grad_norm, wide_dtype(parameters.values())) * self._scale
+        sums = clipped(bundle, weights, sq.isfinite())
+        return {
+            n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()
+        }
+
+    def per_sample(self, name: str) -> Tensor:
+        """Per-sample gradients of one parameter, shape (B, *shape)."""
+        bundle, parameters = self._terms(), self._capture.parameters
+        if name not in parameters:
+            raise ConfigurationError(f"{name!r} is not a trainable parameter.", found=name, fix=f"one of {list(parameters)}")
+        p = parameters[name]
+        if name not in bundle:
+            return torch.zeros(self._records, *p.shape, dtype=wide_dtype([p]), device=p.device)
+        return torch.stack([materialize(t) for t in merge(bundle[name])]).sum(0) * self._scale

@@ -1,0 +1,207 @@
+"""The hot step: clip the tape, accumulate, charge the ledger, add noise, and only then let a gradient be seen."""
+
+import uuid
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.accounting import Budget, Ledger, max_steps
+from sfumato.clipping import flat_weights
+from sfumato.errors import PrivacyError, TokenError, UnclippedGradient
+from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, total_sq_norms, wide_dtype
+from sfumato.noise import Research, Secure
+from sfumato.plan import Plan
+
+
+@dataclass(slots=True)
+class Token:
+    """The right to one backward over one physical microbatch of a logical batch."""
+
+    size: int
+    first: bool
+    last: bool
+    charge: bool  # this logical batch pays (Poisson: always; Shuffle: the first of an epoch)
+    tape: Tape | None = None
+    spent: bool = False
+
+
+@dataclass(slots=True)
+class StepFacts:
+    """Un-noised facts about the last release: diagnostics on private data, not covered by the guarantee."""
+
+    batch_size: int = 0
+    clipped: int = 0
+    empty: bool = True
+
+    @property
+    def clip_fraction(self) -> float:
+        """Share of the batch whose gradient was scaled down."""
+        return self.clipped / self.batch_size if self.batch_size else 0.0
+
+
+@dataclass
+class Session:
+    """One private training: one model, one plan, one ledger."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: Plan
+    source: Secure | Research
+    ledger: Ledger
+    budget: Budget | None = None
+    batch_dim: int = 0
+    grad_scaler: "torch.amp.GradScaler | None" = None
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.capture = Capture(self.module, self.batch_dim, self.plan.loss_reduction)
+        self.guard = Guard(self._violated)
+        self.steps = 0
+        self.stopped = False
+        self.last_step = StepFacts()
+        self._facts = StepFacts()
+        self._token: Token | None = None
+        self._poisoned = False
+        self._sums: dict[str, Tensor] = {}
+        self._carried: dict[str, Tensor] = {}
+        install(self.capture)
+        self._watch()
+        for p in self.module.parameters():
+            p.grad = None  # a gradient from before this engine is not private
+
+    def close(self) -> None:
+        self.abandon()
+        self.guard.release()
+        remove(self.capture)
+
+    def _watch(self) -> None:
+        self.capture.refresh()
+        self.guard.watch(self.capture.parameters.items())
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def issue(self, token: Token) -> None:
+        """Hand out one microbatch. A logical batch that was left unfinished is discarded, never merged."""
+        if token.first:
+            self.abandon()
+        self._watch()
+        token.tape = self.capture.open(self._complete, token.size)
+        self._token = token
+
+    def abandon(self) -> None:
+        """Forget the unfinished logical batch: nothing of it was released, nothing is charged."""
+        self._token = None
+        self._poisoned = False
+        self._sums.clear()
+        self._carried.clear()
+        self._facts = StepFacts()
+        self.capture.close()
+
+    def affordable(self) -> int | None:
+        """How many more charges the budget allows; None without a budget."""
+        if self.budget is None:
+            return None
+        return max_steps(self.ledger.events(), self.plan.event, epsilon=self.budget.epsilon, delta=self.budget.delta)
+
+    def empty(self, charge: bool) -> None:
+        """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
+        self.abandon()
+        self._watch()
+        for p in self.module.parameters():
+            p.grad = None
+        self._release(charge)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+        for p in self.module.parameters():
+            p.grad = None
+
+    # -- the end of a backward ------------------------------------------------------------------------------------
+
+    def _complete(self, tape: Tape) -> None:
+        token = self._token
+        if token is None or token.tape is not tape:
+            self._discard()
+            raise TokenError(
+                "backward() reached a graph of a batch that is over or was never drawn by the private loader.",
+                fix="run forward and backward inside the loop over the private loader, and detach what you carry on.",
+            )
+        if self._poisoned:
+            self._discard()
+            raise PrivacyError("This step was discarded after an error.", fix="go on with the next batch.")
+        if token.spent:
+            self._discard()
+            raise TokenError(
+                "A second backward on one batch of the private loader: it would be released twice for one charge.",
+                fix="sum the losses and call backward() once.",
+            )
+        token.spent = True
+        for name, p in self.capture.parameters.items():
+            if p.grad is not None and not token.last:
+                self._carried[name] = p.grad if name not in self._carried else self._carried[name] + p.grad
+                p.grad = None
+        self._accumulate(tape, token)
+        if token.last:
+            self._release(token.charge)
+
+    def _accumulate(self, tape: Tape, token: Token) -> None:
+        parameters = self.capture.parameters
+        bundle = collect(tape, parameters)
+        loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        scale = (token.size if self.plan.loss_reduction == "mean" else 1) / loss_scale
+        sq = total_sq_norms(bundle, token.size) * scale**2
+        weights = flat_weights(sq, self.plan.max_grad_norm, wide_dtype(parameters.values()))
+        self._facts.batch_size += token.size
+        self._facts.clipped += int((weights < 1).sum())
+        self._facts.empty = False
+        for name, total in clipped(bundle, weights * scale, sq.isfinite()).items():
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def _release(self, charge: bool) -> None:
+        """Charge, then noise, then p.grad: in this order and nowhere else."""
+        plan = self.plan
+        self.ledger.append(plan.event if charge else plan.covered, run=self.run, step=self.steps)
+        loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        for name, p in self.capture.parameters.items():
+            dtype = wide_dtype([p])
+            noise = self.source.normal(tuple(p.shape), std=plan.noise_std, dtype=dtype, device=p.device)
+            total = self._sums[name].to(dtype) + noise if name in self._sums else noise
+            grad = (total * (loss_scale / plan.expected_batch_size)).to(p.dtype)
+            before = self._carried.get(name)
+            if p.grad is not None:
+                before = p.grad if before is None else before + p.grad
+            p.grad = grad if before is None else before + grad
+        self.steps += 1
+        self.last_step = self._facts
+        self._facts = StepFacts()
+        self._sums.clear()
+        self._carried.clear()
+
+    # -- violations -------------------------------------------------------------------------------------------------
+
+    def _discard(self) -> None:
+        self._poisoned = True
+        self._sums.clear()
+        self._carried.clear()
+        for p in self.module.parameters():
+            p.grad = None
+
+    def _violated(self, name: str) -> None:
+        outside = self._token is None
+        self._discard()
+        if outside:
+            raise TokenError(
+                f"backward() wrote into {name} outside the loop over the private loader: this batch was not drawn, so "
+                "nothing pays for it.",
+                where=name,
+                fix="iterate over the loader that make_private returned, or call engine.detach() first.",
+            )
+        raise UnclippedGradient(
+            f"Autograd wrote an unclipped gradient into {name}; all gradients of this step were wiped.",
+            where=name,
+            fix="keep every use of the parameter inside the model's forward: no regulariser in the loss (use weight_decay), "
+            "no scripted layer, no custom autograd Function that takes it.",
+        )

@@ -1,0 +1,74 @@
+"""weighted_sum, merge, keep and select: how terms become one clipped gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sfumato.terms.dense import conv_weight_grad, materialize
+from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term
+
+
+def weighted_sum(term: Term, weights: Tensor) -> Tensor:
+    """Σ_b weights[b]·G_b, shape term.shape, in the dtype of the term. weights: (B,)."""
+    match term:
+        case Dense(value):
+            w = weights.to(value.dtype)
+            return (w @ value.reshape(value.shape[0], -1)).reshape(term.shape)
+        case Outer(left, right, shape):
+            scaled = left * weights.to(left.dtype)[:, None, None]
+            return (scaled.flatten(0, 1).mT @ right.flatten(0, 1)).reshape(shape)
+        case Scatter(grad, index, shape):
+            scaled = grad * weights.to(grad.dtype)[:, None, None]
+            return grad.new_zeros(shape).index_add_(0, index.reshape(-1), scaled.flatten(0, 1))
+        case Conv(grad, x):
+            if grad.shape[0] * grad.shape[1] == 0:
+                return grad.new_zeros(term.shape)
+            w = weights.to(grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
+            return conv_weight_grad((grad * w).flatten(0, 1), x.flatten(0, 1), term)
+
+
+def merge(terms: Sequence[Term]) -> list[Term]:
+    """At most one term of each kind: reuse of a weight becomes more rows, so cross terms are exact for free."""
+    outers = [t for t in terms if isinstance(t, Outer)]
+    scatters = [t for t in terms if isinstance(t, Scatter)]
+    denses = [t for t in terms if isinstance(t, Dense)]
+    convs = [t for t in terms if isinstance(t, Conv)]
+    out: list[Term] = []
+    while outers:
+        first = outers[0]
+        same = [t for t in outers if t.left.shape[2] == first.left.shape[2]]
+        outers = [t for t in outers if t.left.shape[2] != first.left.shape[2]]
+        left, right = torch.cat([t.left for t in same], 1), torch.cat([t.right for t in same], 1)
+        out.append(first if len(same) == 1 else Outer(left, right, first.shape))
+    if scatters:
+        grad, index = torch.cat([t.grad for t in scatters], 1), torch.cat([t.index for t in scatters], 1)
+        out.append(scatters[0] if len(scatters) == 1 else Scatter(grad, index, scatters[0].shape))
+    if len(convs) > 1:  # different images of one kernel: rare, and their cross term has no factored form
+        denses += [Dense(materialize(t)) for t in convs]
+    else:
+        out += convs
+    if denses:
+        out.append(denses[0] if len(denses) == 1 else Dense(torch.stack([t.value for t in denses]).sum(0)))
+    return out
+
+
+def keep(term: Term, budget: int) -> Term:
+    """The term, materialised when that saves a second pass over it and fits ``budget`` elements."""
+    if not isinstance(term, Conv):
+        return term
+    records = term.grad.shape[0]
+    return Dense(materialize(term)) if records * term.weight.numel() <= budget else term
+
+
+def select(term: Term, records: Tensor) -> Term:
+    """The term restricted to some records (boolean mask or indices)."""
+    match term:
+        case Dense(value):
+            return Dense(value[records])
+        case Outer(left, right, shape):
+            return Outer(left[records], right[records], shape)
+        case Scatter(grad, index, shape):
+            return Scatter(grad[records], index[records], shape)
+        case Conv(grad, x, weight, spec):
+            return Conv(grad[records], x[records], weight, spec)

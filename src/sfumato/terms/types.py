@@ -1,0 +1,73 @@
+"""The closed set of factored per-sample gradients.
+
+A rule never ships a norm of its own: it returns one of these four records, and every quantity (norm, inner
+product, clipped sum, dense gradient) is derived from the record. Shapes: B records, T rows a record.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """G_b = Σ_t left[b, t] ⊗ right[b, t], reshaped to ``shape`` (linear layers, recurrent weights)."""
+
+    left: Tensor  # (B, T, p)
+    right: Tensor  # (B, T, d)
+    shape: torch.Size  # of the parameter; numel = p·d
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conv:
+    """G_b = the convolution weight gradient of record b's T images."""
+
+    grad: Tensor  # (B, T, out channels, *spatial)
+    input: Tensor  # (B, T, in channels, *spatial)
+    weight: Tensor  # detached; only its shape and dtype matter
+    spec: ConvSpec
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """G_b = Σ_t e_{index[b, t]} ⊗ grad[b, t] (embedding rows)."""
+
+    grad: Tensor  # (B, T, d)
+    index: Tensor  # (B, T), long
+    shape: torch.Size  # (V, d)
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """G_b itself: small tensors, or what no factored form fits."""
+
+    value: Tensor  # (B, *shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape[1:]
+
+
+Term = Outer | Conv | Scatter | Dense
+
+
+def batch_size(term: Term) -> int:
+    """Number of records B of a term."""
+    match term:
+        case Outer(left=x) | Conv(grad=x) | Scatter(grad=x) | Dense(value=x):
+            return x.shape[0]

@@ -73,7 +73,9 @@ class PrivacyEngine:
         bound = _positive("max_grad_norm", max_grad_norm)
         _one_of("clipping", clipping, ("flat",))
         _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
-        physical = None if max_physical_batch_size is None else _count("max_physical_batch_size", max_physical_batch_size)
+        physical = (
+            None if max_physical_batch_size is None else _count("max_physical_batch_size", max_physical_batch_size)
+        )
         if sampling is not None and not isinstance(sampling, (Poisson, Shuffle)):
             raise ConfigurationError(
                 f"sampling={sampling!r} is not sf.Poisson(...) or sf.Shuffle(...).", found=sampling, where="sampling"
@@ -185,7 +187,9 @@ class PrivacyEngine:
     def __enter__(self) -> "PrivacyEngine":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     @property
@@ -204,7 +208,9 @@ class PrivacyEngine:
 
 def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(module, nn.Module):
-        raise ConfigurationError(f"module is a {type(module).__name__}, not a torch.nn.Module.", found=type(module).__name__)
+        raise ConfigurationError(
+            f"module is a {type(module).__name__}, not a torch.nn.Module.", found=type(module).__name__
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(
             f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer.", found=type(optimizer).__name__
@@ -239,7 +245,9 @@ def _calibrated(trial: Plan, spent: dict[Event, int], limit: Budget, epochs: int
         )
 
     def total(sigma: float) -> float:
-        event = Event(trial.event.mechanism, sigma, trial.event.sample_rate, trial.adjacency, sampler=trial.event.sampler)
+        event = Event(
+            trial.event.mechanism, sigma, trial.event.sample_rate, trial.adjacency, sampler=trial.event.sampler
+        )
         return float(compose({**spent, event: spent.get(event, 0) + charges}, delta=limit.delta))
 
     if float(compose(spent, delta=limit.delta)) >= limit.epsilon:

@@ -1,17 +1,17 @@
 """Every error Sfumato raises on purpose.
 
-    SfumatoError
-    ├── ConfigurationError      a bad argument, found before anything changed (also a ValueError)
-    ├── UnsupportedError        a model, optimizer, loader or call that cannot be made private
-    │   ├── CoupledRecords      one record's value depends on another record of the batch
-    │   └── UnknownBatchAxis    which record a row belongs to cannot be established
-    ├── PrivacyError            an unsafe call order or an unclipped gradient during training
-    │   ├── UnclippedGradient   autograd wrote into a private parameter behind the engine's back
-    │   ├── TokenError          a backward without, or with an already spent, batch of the private loader
-    │   └── RowsMismatch        rows that reach the model are not the records that were drawn
-    ├── BudgetExceeded          the budget does not allow one more step
-    ├── LedgerError             the ledger is damaged, foreign or missing
-    └── DataError               an input file or data set that cannot be used (also a ValueError)
+SfumatoError
+├── ConfigurationError      a bad argument, found before anything changed (also a ValueError)
+├── UnsupportedError        a model, optimizer, loader or call that cannot be made private
+│   ├── CoupledRecords      one record's value depends on another record of the batch
+│   └── UnknownBatchAxis    which record a row belongs to cannot be established
+├── PrivacyError            an unsafe call order or an unclipped gradient during training
+│   ├── UnclippedGradient   autograd wrote into a private parameter behind the engine's back
+│   ├── TokenError          a backward without, or with an already spent, batch of the private loader
+│   └── RowsMismatch        rows that reach the model are not the records that were drawn
+├── BudgetExceeded          the budget does not allow one more step
+├── LedgerError             the ledger is damaged, foreign or missing
+└── DataError               an input file or data set that cannot be used (also a ValueError)
 """
 
 

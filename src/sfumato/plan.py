@@ -63,7 +63,9 @@ class Plan:
         return epochs * self.steps_per_epoch if isinstance(self.sampler, Poisson) else epochs
 
 
-def resolve(sampling: Poisson | Shuffle | None, batch_size: int, dataset_size: int) -> tuple[Poisson | Shuffle, int, int]:
+def resolve(
+    sampling: Poisson | Shuffle | None, batch_size: int, dataset_size: int
+) -> tuple[Poisson | Shuffle, int, int]:
     """(sampler with its numbers filled in, expected batch size, steps per epoch).
 
     The data set's size is treated as public; the divisor is the declared batch size, never what was drawn.

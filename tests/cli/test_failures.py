@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.cli.helpers import Run
 
 import sfumato as sf
 from sfumato.cli import job, loop
-
-from .conftest import Run
+from sfumato.errors import PrivacyError
 
 TRAIN = ["train", "--epochs", 2]
 PRIVATE = [*TRAIN, "--epsilon", 3]
@@ -171,7 +171,7 @@ def test_a_file_that_is_no_ledger(sfumato: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ledger", [None, "shared.db"])
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(sf.PrivacyError("something was wrong"), 1), (OSError("disk full"), 2), (KeyboardInterrupt(), 1)],
+    [(PrivacyError("something was wrong"), 1), (OSError("disk full"), 2), (KeyboardInterrupt(), 1)],
 )
 def test_failing_before_a_release_leaves_nothing(
     sfumato: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, ledger: str | None
@@ -186,7 +186,7 @@ def test_failing_before_a_release_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(sf.PrivacyError("something was wrong"), 1), (OSError("disk full"), 2), (KeyboardInterrupt(), 1)],
+    [(PrivacyError("something was wrong"), 1), (OSError("disk full"), 2), (KeyboardInterrupt(), 1)],
 )
 def test_failing_after_a_release_keeps_the_ledger_alone(
     sfumato: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
@@ -208,7 +208,9 @@ def test_failing_after_a_release_keeps_the_ledger_alone(
     assert spent < more.json["epsilon"] <= 3
 
 
-def test_a_bug_is_not_hidden_but_leaves_no_folder(sfumato: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_hidden_but_leaves_no_folder(
+    sfumato: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 

@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from .conftest import Run
+from tests.cli.helpers import Run
 
 EPSILON = "epsilon --noise-multiplier 1.1 --sample-rate 0.0042667 --steps 3516 --delta 1e-5".split()
 CALIBRATE = "calibrate --epsilon 3 --delta 1e-5 --sample-rate 0.01 --steps 1000".split()
@@ -45,14 +44,14 @@ def test_calibrate_lands_on_the_safe_side(sfumato: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "train, epsilon, calibrate"),
+        ([], "train,epsilon,calibrate"),
         (["fly"], "fly"),
         (["epsilon", "--delta", "1e-5"], "--noise-multiplier"),
         ([*EPSILON, "--delta", "0"], "delta"),
         ([*EPSILON, "--delta", "1"], "delta"),
         ([*EPSILON, "--sample-rate", "1.5"], "sample_rate"),
         ([*EPSILON, "--noise-multiplier", "-1"], "noise_multiplier"),
-        ([*EPSILON, "--noise-multiplier", "nan"], "noise_multiplier"),
+        ([*EPSILON, "--noise-multiplier", "nan"], "--noise-multiplier"),
         ([*EPSILON, "--steps", "1.5"], "--steps: expected a whole number, got '1.5'"),
         ([*EPSILON, "--stepz", "3"], "--stepz"),
         ([*CALIBRATE, "--epsilon", "0"], "epsilon"),

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.cli.helpers import Run
 
 import sfumato as sf
 from sfumato.models import build
-
-from .conftest import Run
 
 QUICK = ["train", "--data", "digits", "--epochs", 2, "--seed", 1]
 FILES = {"model.safetensors", "ledger.db", "metrics.jsonl", "report.html", "report.json"}
@@ -83,9 +82,7 @@ def test_the_budget_ends_the_run(sfumato: Run) -> None:
     found = sfumato(*QUICK, "--epochs", 50, "--noise-multiplier", 2, "--epsilon", 2.5, "--json").json
     assert found["stopped_by_budget"]
     assert found["epsilon"] <= 2.5
-    one_more = sf.accounting.epsilon(
-        noise_multiplier=2.0, sample_rate=256 / 1437, steps=found["steps"] + 1, delta=1e-5
-    )
+    one_more = sf.accounting.epsilon(noise_multiplier=2.0, sample_rate=256 / 1437, steps=found["steps"] + 1, delta=1e-5)
     assert float(one_more) > 2.5
 
 
@@ -172,7 +169,9 @@ def test_what_user_code_prints_stays_out_of_the_result(sfumato: Run, tmp_path: P
 
 def test_tables(sfumato: Run, table: Path, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("age: [0, 120]\ntown: [Rome, Pisa, Siena]\n")
-    ran = sfumato("train", "--data", table, "--label", "label", "--bounds", "b.yaml", "--epsilon", 8, "--epochs", 3, "--json")
+    ran = sfumato(
+        "train", "--data", table, "--label", "label", "--bounds", "b.yaml", "--epsilon", 8, "--epochs", 3, "--json"
+    )
     assert ran.code == 0, ran.err
     assert "income" in ran.err  # no bounds: said aloud, and in the report
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -134,5 +134,3 @@ def _estimate(parts: dict[Release, int], delta: float) -> float:
         return float(certify(parts, delta))
     cut = cut_of(sum(parts.values()), delta)
     return max(saddle(quadrature(parts, cut, add=add), delta)[0] for add in (False, True))
-
-

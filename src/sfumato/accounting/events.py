@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from ..errors import ConfigurationError
+from .budget import nonnegative, rate
 
 VERSION = 1
 MECHANISMS = ("poisson-gaussian", "gaussian", "covered")
 ADJACENCIES = ("add-remove", "zero-out")
 SAMPLERS = ("poisson", "shuffle")
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigurationError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,8 @@ class Event:
                 "a newer Sfumato wrote it: update before reading its ledger"
             )
         # 3 and 3.0 must be one event (and one hash), so numbers are normalised here.
-        object.__setattr__(self, "noise_multiplier", _number("Event.noise_multiplier", self.noise_multiplier))
-        object.__setattr__(self, "sample_rate", _number("Event.sample_rate", self.sample_rate))
-        if self.noise_multiplier < 0:
-            raise ConfigurationError(f"Event.noise_multiplier must be >= 0, got {self.noise_multiplier!r}")
-        if not 0 < self.sample_rate <= 1:
-            raise ConfigurationError(f"Event.sample_rate must lie in (0, 1], got {self.sample_rate!r}")
+        object.__setattr__(self, "noise_multiplier", nonnegative("Event.noise_multiplier", self.noise_multiplier))
+        object.__setattr__(self, "sample_rate", rate("Event.sample_rate", self.sample_rate))
         if self.mechanism == "gaussian" and self.sample_rate != 1.0:
             raise ConfigurationError(
                 f"a 'gaussian' event has no sampling, so sample_rate must be 1.0; got {self.sample_rate!r}. "

@@ -24,7 +24,8 @@ from scipy.special import ndtri_exp
 Array = npt.NDArray[np.float64]
 
 MAX_CELLS = 1 << 22
-MAX_LOSS = 650.0  # exp() of a range of losses must stay finite where ratios are formed
+GAUSS_LEGENDRE = tuple(zip(*np.polynomial.legendre.leggauss(4), strict=True))
+MAX_LOSS = 600.0  # exp() of a range of losses must stay finite where ratios are formed
 
 
 class Release(NamedTuple):
@@ -47,6 +48,16 @@ class Masses(NamedTuple):
 
     start: int
     log: Array
+
+    def losses(self, step: float) -> Array:
+        """The grid losses the masses sit at."""
+        return np.asarray((self.start + np.arange(self.log.size)) * step)
+
+    def log_moment(self, tilt: float, step: float) -> float:
+        """log of sum(mass * exp(tilt * loss))."""
+        exponent = self.log + tilt * self.losses(step)
+        top = float(exponent.max())
+        return top + math.log(float(np.exp(exponent - top).sum())) if top > -math.inf else -math.inf
 
 
 def tail_quantile(log_mass: float) -> float:
@@ -81,7 +92,7 @@ def support(release: Release, cut: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=256)
 def remove_cells(release: Release, step: float, cut: float) -> Cells:
     """Cells of the remove direction on the grid ``step``; 4-point Gauss-Legendre on pieces that keep it exact to 1e-11.
 
@@ -91,7 +102,7 @@ def remove_cells(release: Release, step: float, cut: float) -> Cells:
     start, stop = math.floor(bottom / step), math.ceil(top / step)
     stop = max(stop, start + 1)
     z_low, z_high = -cut, 1.0 / release.sigma + cut
-    inner = _inverse(np.arange(start + 1, stop) * step, release)
+    inner = _inverse(np.asarray(np.arange(start + 1, stop) * step, dtype=np.float64), release)
     edges = np.concatenate(([z_low], np.clip(inner, z_low, z_high), [z_high]))
     width = np.diff(edges)
     pieces = np.maximum(np.ceil(width * (2.0 * (z_high + 6.0))), 1.0).astype(np.int64)
@@ -102,8 +113,7 @@ def remove_cells(release: Release, step: float, cut: float) -> Cells:
     # exponents are taken relative to the cell's point nearest zero: no underflow, whatever sigma is
     base = -0.5 * np.clip(0.0, edges[:-1], edges[1:]) ** 2
     low, high = np.zeros(cell.size), np.zeros(cell.size)
-    nodes, weights = np.polynomial.legendre.leggauss(4)
-    for node, weight in zip(nodes, weights, strict=True):
+    for node, weight in GAUSS_LEGENDRE:
         z = left + (0.5 * (1.0 + node)) * piece
         density = (0.5 * weight) * np.exp(-0.5 * z * z - base[cell])
         above = np.clip(loss(z, release) - (start + cell) * step, 0.0, step)
@@ -118,9 +128,7 @@ def remove_cells(release: Release, step: float, cut: float) -> Cells:
 def reverse(cells: Cells, step: float) -> Cells:
     """The same pair with numerator and denominator exchanged (the add direction)."""
     nodes = (cells.start + np.arange(cells.low.size + 1)) * step
-    return Cells(
-        -(cells.start + cells.low.size), (cells.high + nodes[1:])[::-1], (cells.low + nodes[:-1])[::-1]
-    )
+    return Cells(-(cells.start + cells.low.size), (cells.high + nodes[1:])[::-1], (cells.low + nodes[:-1])[::-1])
 
 
 def upper_masses(cells: Cells, step: float) -> Masses:
@@ -137,8 +145,6 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
     mass does inside. Lowering knot i by mu_i >= both gaps, in units of its ratio, moves mass between neighbours only.
     """
     nodes = (cells.start + np.arange(cells.low.size + 1)) * step
-    if max(nodes[-1], nodes[-1] - nodes[0]) > MAX_LOSS:
-        return Masses(cells.start, np.full(nodes.size, -np.inf)), 0.0
     low, high = np.exp(cells.low), np.exp(cells.high)
     total = low + high
     gap = np.divide(low * high, total, out=np.zeros_like(total), where=total > 0)
@@ -174,7 +180,7 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
 class Quadrature(NamedTuple):
     """Coarse trapezoid of every release's loss; it only steers grid, tilt and window, it certifies nothing."""
 
-    count: Array  # (events,)
+    counts: Array  # (events,)
     log_mass: Array  # (events, points), of the numerator
     loss: Array  # (events, points)
 
@@ -186,7 +192,7 @@ class Quadrature(NamedTuple):
         norm = weight.sum(axis=1)
         mean = (weight * self.loss).sum(axis=1) / norm
         variance = (weight * (self.loss - mean[:, None]) ** 2).sum(axis=1) / norm
-        return float(self.count @ (top + np.log(norm))), float(self.count @ mean), float(self.count @ variance)
+        return float(self.counts @ (top + np.log(norm))), float(self.counts @ mean), float(self.counts @ variance)
 
 
 def quadrature(releases: dict[Release, int], cut: float, *, add: bool) -> Quadrature:

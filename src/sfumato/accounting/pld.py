@@ -16,6 +16,7 @@ from .events import Event
 from .gaussian import gaussian_epsilon
 from .losses import (
     MAX_CELLS,
+    MAX_LOSS,
     Masses,
     Quadrature,
     Release,
@@ -27,7 +28,7 @@ from .losses import (
     tail_quantile,
     upper_masses,
 )
-from .tilted import UNIT, Window, convolve, solve
+from .tilted import STEP_ERROR, UNIT, Window, convolve, solve
 
 # Discretisation may add this fraction to epsilon: predicted excess = steps * (1 + tilt) * h^2 / 12.
 TOLERANCE = 2e-4
@@ -48,7 +49,7 @@ class Epsilon(float):
         self._lower = lower
         return self
 
-    def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:  # type: ignore[override]
+    def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
         return (float(self),), {"delta": self.delta, "lower": self._lower}
 
     @property
@@ -127,11 +128,47 @@ def certify(parts: Mapping[Release, int], delta: float) -> Epsilon:
     if exact:
         merged[Release(1.0 / mu, 1.0)] = 1
     upper = _bound(merged, delta, add=False)
-    # Adding a record moves no loss by more than -log(1 - rate), often far below what removing one costs already.
-    if exact or -sum(times * math.log1p(-release.rate) for release, times in merged.items()) > upper:
+    if not _adding_is_cheaper(merged, delta, upper):
         upper = max(upper, _bound(merged, delta, add=True))
     upper = min(upper, unsampled)
     return Epsilon(upper, delta=delta, lower=partial(_lower, merged, delta, upper))
+
+
+def _adding_is_cheaper(parts: dict[Release, int], delta: float, point: float) -> bool:
+    """Whether a cheap certificate shows that the add direction needs at most epsilon = ``point``."""
+    if all(release.rate < 1.0 for release in parts):
+        # adding a record moves no loss by more than -log(1 - rate)
+        if -sum(times * math.log1p(-release.rate) for release, times in parts.items()) <= point:
+            return True
+    steps = sum(parts.values())
+    cut = cut_of(steps, delta)
+    tilt = min(tilt_at(quadrature(parts, cut, add=True), point), 1e4)
+    step = _round_step(math.sqrt(2000.0 * TOLERANCE * point / (steps * (1.0 + tilt))))
+    exponent = -tilt * point + tilt * math.log(tilt) - (1.0 + tilt) * math.log1p(tilt)
+    for release, times in parts.items():
+        masses = upper_masses(reverse(remove_cells(release, step, cut), step), step)
+        exponent += times * masses.log_moment(tilt, step)
+    exponent += steps * STEP_ERROR + tilt * _shift(parts, cut)
+    return bool(exponent <= _charged(delta, steps, cut))
+
+
+def _round_step(step: float) -> float:
+    """Few distinct grids, so that cells can be reused."""
+    return 2.0 ** (math.floor(2.0 * math.log2(step)) / 2.0)
+
+
+def _charged(delta: float, steps: int, cut: float) -> float:
+    """log of delta less what the cut tails may hold."""
+    return math.log(delta - 2.0 * steps * math.exp(float(log_ndtr(-cut))))
+
+
+def _shift(parts: dict[Release, int], cut: float) -> float:
+    """What rounding of grid losses and of the loss function may add to the total loss."""
+    total = 0.0
+    for release, times in parts.items():
+        span = max(map(abs, support(release, cut))) + abs(math.log(release.rate))
+        total += times * 8.0 * UNIT * (4.0 + span)
+    return total
 
 
 def _mu(parts: Mapping[Release, int]) -> float:
@@ -139,10 +176,10 @@ def _mu(parts: Mapping[Release, int]) -> float:
 
 
 def _lower(parts: dict[Release, int], delta: float, upper: float) -> float:
-    """Best of grids that are refined until the bracket is tight enough."""
+    """Best of grids that are refined until the bracket is tight enough; one direction is enough from below."""
     best = 0.0
     for refine in (1.0, 2.0, 4.0, 8.0):
-        best = max(best, *(_bound(parts, delta, add=add, upper=False, refine=refine) for add in (False, True)))
+        best = max(best, _bound(parts, delta, add=False, upper=False, refine=refine))
         if best >= upper * (1.0 - GAP):
             break
     return best
@@ -188,9 +225,7 @@ def tilt_at(law: Quadrature, point: float) -> float:
     return math.exp(float(brentq(gap, low, high, xtol=1e-6)))
 
 
-def _bound(
-    parts: dict[Release, int], delta: float, *, add: bool, upper: bool = True, refine: float = 1.0
-) -> float:
+def _bound(parts: dict[Release, int], delta: float, *, add: bool, upper: bool = True, refine: float = 1.0) -> float:
     """Certified epsilon of one direction: inf (upper) or 0 (lower) if it cannot be established."""
     steps = sum(parts.values())
     cut = cut_of(steps, delta)
@@ -220,11 +255,13 @@ def _evaluate(
         )
         for side in (1.0, -1.0)
     ]
-    bottom, top = min(-tails[1][0], max(point - 2.0 / tilt, 0.0)), max(tails[0][0], point + 1.0 / tilt)
     ranges = [support(release, cut) for release in parts]
+    if not upper and max(max(high, high - low) for low, high in ranges) > MAX_LOSS:
+        return 0.0  # ratios beyond floating point: no lower bound is claimed for such little noise
+    bottom, top = min(-tails[1][0], max(point - 2.0 / tilt, 0.0)), max(tails[0][0], point + 1.0 / tilt)
     step = math.sqrt(12.0 * TOLERANCE * max(point, 0.01 * spread) / (steps * (1.0 + tilt))) / refine
     step = max(step, max(high - low for low, high in ranges) / MAX_CELLS, 1.1 * (top - bottom) / MAX_WINDOW)
-    step = 2.0 ** (math.floor(2.0 * math.log2(step)) / 2.0)  # few distinct grids, so that cells can be reused
+    step = _round_step(step)
     start = math.floor(bottom / step) - 2
     size = next_fast_len(math.ceil(top / step) + 3 - start, real=True)
     window = Window(tilt, tails[0][1], tails[1][1], start, size)
@@ -242,15 +279,8 @@ def _evaluate(
         return masses
 
     composed = convolve(((discretised(release), times) for release, times in parts.items()), step, window)
-    if upper:
-        dropped = 2.0 * steps * math.exp(float(log_ndtr(-cut)))
-        log_delta = math.log(delta - dropped)
-    else:
-        log_delta = math.log(delta + missing)
+    log_delta = _charged(delta, steps, cut) if upper else math.log(delta + missing)
     found = solve(composed, step, window, point, log_delta, upper=upper)
     if found is None:
         return None
-    # Grid losses and the loss function itself are rounded: a shift of each step's loss.
-    span = max(max(abs(low), abs(high)) + abs(math.log(r.rate)) for r, (low, high) in zip(parts, ranges, strict=True))
-    shift = steps * 8.0 * UNIT * (4.0 + span)
-    return max(0.0, found + shift if upper else found - shift)
+    return max(0.0, found + _shift(parts, cut) if upper else found - _shift(parts, cut))

@@ -54,11 +54,6 @@ def _power(base: npt.NDArray[np.complex128], exponent: int) -> npt.NDArray[np.co
         base = base * base
 
 
-def _log_sum(values: Array) -> float:
-    top = float(values.max())
-    return top + math.log(float(np.exp(values - top).sum())) if top > -math.inf else -math.inf
-
-
 def convolve(parts: Iterable[tuple[Masses, int]], step: float, window: Window) -> Composed:
     """Composition of ``parts`` (masses, count) under ``window``.
 
@@ -74,14 +69,12 @@ def convolve(parts: Iterable[tuple[Masses, int]], step: float, window: Window) -
     log_scale = right = left = 0.0
     steps = kinds = 0
     for masses, count in parts:
-        index = masses.start + np.arange(masses.log.size)
-        losses = index * step
-        exponent = masses.log + window.tilt * losses
-        norm = _log_sum(exponent)
+        norm = masses.log_moment(window.tilt, step)
         log_scale += count * norm
-        right += count * (_log_sum(masses.log + (window.tilt + window.right) * losses) - norm)
-        left += count * (_log_sum(masses.log + (window.tilt - window.left) * losses) - norm)
-        ring = np.bincount(index % size, weights=np.exp(exponent - norm), minlength=size)
+        right += count * (masses.log_moment(window.tilt + window.right, step) - norm)
+        left += count * (masses.log_moment(window.tilt - window.left, step) - norm)
+        tilted = np.exp(masses.log + window.tilt * masses.losses(step) - norm)
+        ring = np.bincount((masses.start + np.arange(tilted.size)) % size, weights=tilted, minlength=size)
         transform = rfft(ring)
         spectrum *= _power(transform, count)
         if count > 1:
@@ -136,7 +129,10 @@ def solve(law: Composed, step: float, window: Window, centre: float, log_delta: 
         peak = math.exp(tilt * math.log(tilt) - (1.0 + tilt) * math.log1p(tilt))
         curve = curve * (1.0 - rounding) - (law.left_tail + law.right_tail) * peak * np.exp(-tilt * offset)
     slack = law.steps * STEP_ERROR + 1e-12
-    target = math.exp(min(log_delta - law.log_scale + tilt * centre - sign * slack, 700.0))
+    exponent = log_delta - law.log_scale + tilt * centre - sign * slack
+    if exponent > 700.0:
+        return None
+    target = math.exp(exponent)
     below = curve <= target
     if not below.any():
         return None

@@ -24,6 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, argv: Sequence[str]) -> Result:
     """The noise multiplier, on the safe side, and the ε it really gives."""
     from ..accounting import epsilon, noise_multiplier
+    from ..report import at_most
 
     sigma = noise_multiplier(
         target_epsilon=options.epsilon,
@@ -43,5 +44,5 @@ def run(options: Namespace, argv: Sequence[str]) -> Result:
         "steps": options.steps,
         "adjacency": "add-remove",
     }
-    text = f"noise multiplier = {sigma:.6g}  (epsilon = {reached:.6g} at delta = {options.delta:g})"
+    text = f"noise multiplier = {at_most(sigma)} (epsilon = {at_most(reached)} at delta = {options.delta:g})"
     return Result(data, text)

@@ -27,6 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, argv: Sequence[str]) -> Result:
     """Certified upper and lower bound of ε (add-or-remove one record)."""
     from ..accounting import epsilon
+    from ..report import at_least, at_most
 
     spent = epsilon(
         noise_multiplier=options.noise_multiplier,
@@ -44,5 +45,8 @@ def run(options: Namespace, argv: Sequence[str]) -> Result:
         "adjacency": "add-remove",
         "private": math.isfinite(spent.upper),
     }
-    text = f"epsilon = {spent.upper:.6g} at delta = {options.delta:g}  (certified: the true value is in "
-    return Result(data, text + f"[{spent.lower:.6g}, {spent.upper:.6g}]; add or remove one record)")
+    text = (
+        f"epsilon = {at_most(spent.upper)} at delta = {options.delta:g} for adding or removing one record "
+        f"(certified: the true value is at least {at_least(spent.lower)})"
+    )
+    return Result(data, text)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigurationError, DataError
+
+_EXPONENT = re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ def read_schema(path: str) -> Schema:
     except ImportError:
         raise ConfigurationError("--bounds needs PyYAML.", fix="pip install 'sfumato[cli]'") from None
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = _loader(yaml.SafeLoader)(Path(path).read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"--bounds {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
@@ -40,3 +44,13 @@ def read_schema(path: str) -> Schema:
         else:
             schema.categories[str(column)] = tuple(str(v) for v in value)
     return schema
+
+
+def _loader(safe: type[Any]) -> type[Any]:
+    """YAML 1.1 reads 1e5 as text, which would turn a bound into a category; YAML 1.2 reads a number."""
+
+    class Loader(safe):  # type: ignore[misc]
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    return Loader

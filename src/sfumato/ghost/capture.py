@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
 from sfumato.ghost import indexing, rules
 from sfumato.ghost.functions import RowsFn, SpreadFn, Use
-from sfumato.ghost.propagate import clean, is_pointwise, propagate
+from sfumato.ghost.propagation import clean, is_pointwise, propagate
 from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown, owners
 from sfumato.ghost.rules import NoRule
 from sfumato.ghost.tape import Tape
@@ -104,7 +104,9 @@ class Capture(TorchFunctionMode):
             elif dims:
                 self.tape.records = dims[0].shape[self.batch_dim]
             else:
-                raise UnknownBatchAxis("The model was called without a tensor that has a batch axis.", where=self.where())
+                raise UnknownBatchAxis(
+                    "The model was called without a tensor that has a batch axis.", where=self.where()
+                )
         carriers = [t for t in dims if t.shape[self.batch_dim] == self.records]
         if not carriers:
             raise RowsMismatch(
@@ -220,7 +222,7 @@ class Capture(TorchFunctionMode):
     def _after_setitem(self, x: Tensor, index: Any, value: Any) -> None:
         tag = self.tag(value)
         if self.tag(x) is not None or tag is None:
-            return
+            return None
         region = torch.empty_like(x, device="meta")[index] if not isinstance(index, Tensor) else None
         items = index if isinstance(index, tuple) else (index,)
         if not isinstance(tag, Rows) or region is None or any(i is None or isinstance(i, Tensor) for i in items):
@@ -316,7 +318,12 @@ def _derived(tensor: Tensor, name: str, targets: list[Target], source: Target | 
     if source is None:
         return Derived(tensor, names)
     shape = source.tensor.shape
-    if name in _SWAPS and len(shape) == 2 and tensor.shape == shape[::-1] and tensor.stride() == source.tensor.stride()[::-1]:
+    if (
+        name in _SWAPS
+        and len(shape) == 2
+        and tensor.shape == shape[::-1]
+        and tensor.stride() == source.tensor.stride()[::-1]
+    ):
         return Derived(tensor, names, source, swapped=True)
     if name in _RESHAPES and tensor.numel() == source.tensor.numel():
         return Derived(tensor, names, source, reshaped=True)

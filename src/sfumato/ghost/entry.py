@@ -120,5 +120,3 @@ def remove(capture: Capture) -> None:
             del module.__dict__["forward"]
             if override.own is not None:
                 module.__dict__["forward"] = override.own
-
-

@@ -115,9 +115,7 @@ class EmbeddingFn(Function):
     """out = weight[index]. Term: Scatter; rows at ``padding_idx`` carry no gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, index: Tensor, weight: Tensor, anchor: Tensor, padding_idx: int | None, use: Use
-    ) -> Tensor:
+    def forward(ctx: Any, index: Tensor, weight: Tensor, anchor: Tensor, padding_idx: int | None, use: Use) -> Tensor:
         ctx.use, ctx.padding_idx = use, padding_idx
         ctx.save_for_backward(index)
         return F.embedding(index, weight)

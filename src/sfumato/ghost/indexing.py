@@ -65,7 +65,11 @@ def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tenso
     items = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(i, (bool, list)) for i in items):
         return Unknown("getitem")
-    used = sum(i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items if i is not None and i is not Ellipsis)
+    used = sum(
+        i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+        for i in items
+        if i is not None and i is not Ellipsis
+    )
     if any(i is Ellipsis for i in items):
         at = next(k for k, i in enumerate(items) if i is Ellipsis)
         items[at : at + 1] = [slice(None)] * (x.dim() - used)
@@ -83,7 +87,7 @@ def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tenso
             target += 1
         elif isinstance(item, slice):
             if source == rows.axis:
-                if item == slice(None) or out.shape[target] == x.shape[source] and (item.step or 1) == 1:
+                if item == slice(None) or (out.shape[target] == x.shape[source] and (item.step or 1) == 1):
                     return rows.at(target)
                 return from_owner(target, owners(rows, records, x.device)[item], records)
             source, target = source + 1, target + 1
@@ -95,7 +99,12 @@ def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tenso
 
 
 def _advanced(
-    tag_of: Callable[[object], Tag | None], records: int, x: Tensor, rows: Tag | None, items: list[Any], picks: list[Tensor]
+    tag_of: Callable[[object], Tag | None],
+    records: int,
+    x: Tensor,
+    rows: Tag | None,
+    items: list[Any],
+    picks: list[Tensor],
 ) -> Tag | None:
     kinds = [isinstance(i, Tensor) for i in items]
     first = kinds.index(True)
@@ -113,7 +122,9 @@ def _advanced(
         if mask or not tagged:
             return Unknown("getitem")
         moved = [t.at(first + t.axis + width - p.dim()) for p, t in tagged]
-        return moved[0] if all(m.axis == moved[0].axis and m.same_owners(moved[0]) for m in moved) else Coupled("getitem")
+        return (
+            moved[0] if all(m.axis == moved[0].axis and m.same_owners(moved[0]) for m in moved) else Coupled("getitem")
+        )
     if rows.axis < first:
         return rows if all(tag_of(p) is None for p in picks) else Coupled("getitem")
     if rows.axis >= first + span:

@@ -40,7 +40,12 @@ def _pull(derived: Derived, grads: Tensor, parameters: dict[str, Tensor]) -> dic
     chunk = max(1, _CHUNK_ELEMENTS // max(1, sum(p.numel() for p in inputs) + derived.tensor.numel()))
     parts = [
         torch.autograd.grad(
-            derived.tensor, inputs, g.to(derived.tensor.dtype), retain_graph=True, is_grads_batched=True, allow_unused=True
+            derived.tensor,
+            inputs,
+            g.to(derived.tensor.dtype),
+            retain_graph=True,
+            is_grads_batched=True,
+            allow_unused=True,
         )
         for g in grads.split(chunk)
         if g.shape[0]

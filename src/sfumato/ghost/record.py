@@ -10,11 +10,11 @@ from sfumato.clipping import flat_weights
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnclippedGradient
 from sfumato.ghost import entry
 from sfumato.ghost.capture import Capture
+from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
 from sfumato.ghost.guard import Guard
 from sfumato.ghost.pullback import Bundle, collect
 from sfumato.ghost.tape import Tape
 from sfumato.terms import materialize, merge
-from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
 
 Reduction = Literal["mean", "sum"]
 
@@ -32,7 +32,9 @@ class record:
     def __init__(self, model: nn.Module, *, loss_reduction: Reduction = "mean", batch_dim: int = 0):
         if loss_reduction not in ("mean", "sum"):
             raise ConfigurationError(
-                f"loss_reduction={loss_reduction!r} is not 'mean' or 'sum'.", found=loss_reduction, where="loss_reduction"
+                f"loss_reduction={loss_reduction!r} is not 'mean' or 'sum'.",
+                found=loss_reduction,
+                where="loss_reduction",
             )
         self._capture = Capture(model, batch_dim, loss_reduction)
         self._guard = Guard(self._violated)
@@ -47,7 +49,9 @@ class record:
         self._capture.open(self._complete, None)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._capture.close()
         self._guard.release()
         entry.remove(self._capture)
@@ -80,7 +84,9 @@ class record:
     def sq_norms(self) -> Tensor:
         """Squared norms of the per-sample gradients over all trainable parameters, shape (B,)."""
         bundle = self._terms()
-        return (total_sq_norms(bundle, self._records) * self._scale**2).to(wide_dtype(self._capture.parameters.values()))
+        return (total_sq_norms(bundle, self._records) * self._scale**2).to(
+            wide_dtype(self._capture.parameters.values())
+        )
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
         """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
@@ -88,15 +94,15 @@ class record:
         sq = total_sq_norms(bundle, self._records) * self._scale**2
         weights = flat_weights(sq, max_grad_norm, wide_dtype(parameters.values())) * self._scale
         sums = clipped(bundle, weights, sq.isfinite())
-        return {
-            n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()
-        }
+        return {n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()}
 
     def per_sample(self, name: str) -> Tensor:
         """Per-sample gradients of one parameter, shape (B, *shape)."""
         bundle, parameters = self._terms(), self._capture.parameters
         if name not in parameters:
-            raise ConfigurationError(f"{name!r} is not a trainable parameter.", found=name, fix=f"one of {list(parameters)}")
+            raise ConfigurationError(
+                f"{name!r} is not a trainable parameter.", found=name, fix=f"one of {list(parameters)}"
+            )
         p = parameters[name]
         if name not in bundle:
             return torch.zeros(self._records, *p.shape, dtype=wide_dtype([p]), device=p.device)

@@ -116,7 +116,7 @@ def through_reshape(rows: Rows, shape: torch.Size, out: torch.Size, records: int
     candidates = []
     for k, size in enumerate(out):
         tail = math.prod(out[k + 1 :])
-        if stride % tail or not tail <= stride < tail * size and not (records == 1 and tail <= stride <= tail * size):
+        if stride % tail or (not tail <= stride < tail * size and not (records == 1 and tail <= stride <= tail * size)):
             continue
         inner = stride // tail
         if size % (records * inner) == 0:

@@ -9,12 +9,17 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 _BLOCK = 1 << 20
+# Older releases of cryptography insist on room for a partial cipher block, which counter mode never writes.
+_SLACK = 15
 _ZEROS = memoryview(bytes(_BLOCK))
 
 
-def aes_ctr(key: bytes, counter: bytes, out: NDArray[np.uint8]) -> None:
-    """Fill ``out`` (at most 1 MiB) with the AES-CTR keystream of ``key`` that starts at the 16-byte ``counter``."""
-    Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update_into(_ZEROS[: len(out)], out.data)
+def aes_ctr(key: bytes, counter: bytes, count: int, out: NDArray[np.uint8]) -> None:
+    """Write ``count`` (at most 1 MiB) bytes of the AES-CTR keystream of ``key`` from the 16-byte ``counter`` on.
+
+    ``out`` must have room for ``count`` + 15 bytes; the last 15 stay as they were.
+    """
+    Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update_into(_ZEROS[:count], out.data)
 
 
 def random_bytes(count: int) -> NDArray[np.uint8]:
@@ -24,7 +29,7 @@ def random_bytes(count: int) -> NDArray[np.uint8]:
     written. No state outlives the call, so there is nothing that a fork, a copy, a pickle or a restored checkpoint
     could repeat, and no counter that could wrap or be reset. A key costs about 4 microseconds.
     """
-    out = np.empty(count, np.uint8)
+    out = np.empty(count + _SLACK, np.uint8)
     for start in range(0, count, _BLOCK):
-        aes_ctr(os.urandom(32), bytes(16), out[start : start + _BLOCK])
-    return out
+        aes_ctr(os.urandom(32), bytes(16), min(_BLOCK, count - start), out[start : start + _BLOCK + _SLACK])
+    return out[:count]

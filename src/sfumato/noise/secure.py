@@ -63,4 +63,4 @@ class Secure:
 
     def uniform(self, n: int) -> NDArray[np.float64]:
         """Return ``n`` independent uniforms in [0, 1): multiples of 2⁻⁵³, all equally likely."""
-        return (random_bytes(8 * n).view(np.uint64) >> np.uint64(11)) * 2.0**-53
+        return (random_bytes(8 * n).view(np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53

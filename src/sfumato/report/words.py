@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .facts import Guarantee, RunFacts
 
@@ -20,9 +20,9 @@ def plain_sentence(guarantee: Guarantee) -> str:
         return NOT_PRIVATE
     change = NEIGHBOUR[guarantee.adjacency].format(unit=guarantee.unit)
     return (
-        f"Training was ({number(guarantee.epsilon)}, {number(guarantee.delta)})-differentially private: {change} of "
+        f"Training was ({at_most(guarantee.epsilon)}, {number(guarantee.delta)})-differentially private: {change} of "
         f"the training data changes the probability of any outcome by a factor of at most "
-        f"e^{number(guarantee.epsilon)} = {number(math.exp(guarantee.epsilon))}, plus {number(guarantee.delta)}."
+        f"e^{at_most(guarantee.epsilon)} = {at_most(math.exp(guarantee.epsilon))}, plus {number(guarantee.delta)}."
     )
 
 
@@ -70,6 +70,23 @@ def not_covered(facts: RunFacts) -> list[str]:
         "Other trainings on the same records, hyperparameter search included, unless they share this run's ledger.",
         "Attacks on floating-point rounding of the noise, timing, memory use, and the machine while it trains.",
     ]
+
+
+def at_most(value: float) -> str:
+    """:func:`number`, but never rounded down: an upper bound must stay one in print."""
+    return _directed(value, math.ceil)
+
+
+def at_least(value: float) -> str:
+    """:func:`number`, but never rounded up."""
+    return _directed(value, math.floor)
+
+
+def _directed(value: float, rounded: Callable[[float], int]) -> str:
+    if not math.isfinite(value) or value == 0:
+        return number(value)
+    digits = 3 - math.floor(math.log10(abs(value)))
+    return number(rounded(round(value * 10.0**digits, 9)) / 10.0**digits)
 
 
 def number(value: float) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .assumptions import assumptions
 from .curves import curves
 from .facts import RunFacts
-from .words import attack_bounds, coverage, not_covered, number, plain_sentence
+from .words import at_least, at_most, attack_bounds, coverage, not_covered, number, plain_sentence
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
@@ -69,7 +69,7 @@ def as_html(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "at_most": at_most, "at_least": at_least}
     return environment.get_template("template.html.j2").render(
         facts=facts,
         private=math.isfinite(facts.guarantee.epsilon),

@@ -22,7 +22,9 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
             where="data_loader",
         )
     if isinstance(loader, PrivateLoader):
-        raise UnsupportedError("data_loader is already private.", where="data_loader", fix="pass the original DataLoader.")
+        raise UnsupportedError(
+            "data_loader is already private.", where="data_loader", fix="pass the original DataLoader."
+        )
     if isinstance(loader.dataset, IterableDataset):
         raise UnsupportedError(
             "An IterableDataset has no records to choose from, so Poisson sampling cannot be guaranteed.",
@@ -72,15 +74,13 @@ class _Draws:
 
     def __iter__(self) -> Iterator[list[int]]:
         self.tokens.clear()
-        pays = True
         for drawn in self.logical():
             parts = physical(np.asarray(drawn), self.plan.max_physical_batch_size)
             if not parts:
-                self.tokens.append(Token(0, True, True, pays))
+                self.tokens.append(Token(0, True, True))
             for k, part in enumerate(parts):
-                self.tokens.append(Token(len(part), k == 0, k == len(parts) - 1, pays))
+                self.tokens.append(Token(len(part), k == 0, k == len(parts) - 1))
                 yield part.tolist()
-            pays = isinstance(self.plan.sampler, Poisson)
 
 
 class PrivateLoader(DataLoader[Any]):
@@ -113,26 +113,28 @@ class PrivateLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         session = self._session
-        session.abandon()
+        session.begin_epoch()
         self._serial += 1
         serial = self._serial
         affordable = session.affordable()
+        # Under Poisson every release is charged; under Shuffle one that is affordable pays for the whole pass.
+        limit = None if affordable is None else session.steps + affordable
+        if affordable and not isinstance(session.plan.sampler, Poisson):
+            limit = None
         batches = super().__iter__()
         try:
             while True:
+                if serial != self._serial:
+                    raise TokenError("Two loops run over one private loader.", fix="finish one before the next.")
                 batch = next(batches, None)
                 token: Token | None = None
                 while self._tokens and token is None:
                     token = self._tokens.popleft()
-                    if serial != self._serial:
-                        raise TokenError("Two loops run over one private loader.", fix="finish one before the next.")
-                    if token.first and token.charge and affordable is not None:
-                        if affordable == 0:
-                            session.stopped = True
-                            return
-                        affordable -= 1
+                    if token.first and limit is not None and session.steps >= limit:
+                        session.stopped = True
+                        return
                     if token.size == 0:
-                        session.empty(token.charge)
+                        session.empty()
                         token = None
                 if token is None:
                     return

@@ -12,6 +12,7 @@ from sfumato.errors import PrivacyError, TokenError, UnclippedGradient
 from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, total_sq_norms, wide_dtype
 from sfumato.noise import Research, Secure
 from sfumato.plan import Plan
+from sfumato.sampling import Poisson
 
 
 @dataclass(slots=True)
@@ -21,7 +22,6 @@ class Token:
     size: int
     first: bool
     last: bool
-    charge: bool  # this logical batch pays (Poisson: always; Shuffle: the first of an epoch)
     tape: Tape | None = None
     spent: bool = False
 
@@ -63,6 +63,7 @@ class Session:
         self._facts = StepFacts()
         self._token: Token | None = None
         self._poisoned = False
+        self._epoch_paid = False
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
         install(self.capture)
@@ -98,19 +99,24 @@ class Session:
         self._facts = StepFacts()
         self.capture.close()
 
+    def begin_epoch(self) -> None:
+        """A new pass over the records: under Shuffle, its first release pays for all of it."""
+        self.abandon()
+        self._epoch_paid = False
+
     def affordable(self) -> int | None:
         """How many more charges the budget allows; None without a budget."""
         if self.budget is None:
             return None
         return max_steps(self.ledger.events(), self.plan.event, epsilon=self.budget.epsilon, delta=self.budget.delta)
 
-    def empty(self, charge: bool) -> None:
+    def empty(self) -> None:
         """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
         self.abandon()
         self._watch()
         for p in self.module.parameters():
             p.grad = None
-        self._release(charge)
+        self._release()
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
@@ -145,7 +151,7 @@ class Session:
                 p.grad = None
         self._accumulate(tape, token)
         if token.last:
-            self._release(token.charge)
+            self._release()
 
     def _accumulate(self, tape: Tape, token: Token) -> None:
         parameters = self.capture.parameters
@@ -160,10 +166,12 @@ class Session:
         for name, total in clipped(bundle, weights * scale, sq.isfinite()).items():
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
-    def _release(self, charge: bool) -> None:
+    def _release(self) -> None:
         """Charge, then noise, then p.grad: in this order and nowhere else."""
         plan = self.plan
-        self.ledger.append(plan.event if charge else plan.covered, run=self.run, step=self.steps)
+        pays = isinstance(plan.sampler, Poisson) or not self._epoch_paid
+        self.ledger.append(plan.event if pays else plan.covered, run=self.run, step=self.steps)
+        self._epoch_paid = True
         loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         for name, p in self.capture.parameters.items():
             dtype = wide_dtype([p])

@@ -15,6 +15,7 @@ Grams = dict[tuple[object, ...], Tensor]
 # rounded down would let the record exceed the bound.
 _CANCELLATION = 1e-4
 _CHUNK_ELEMENTS = 1 << 24
+_BLOCK = 512
 
 
 def sq_norms(terms: Iterable[Term], grams: Grams | None = None) -> Tensor:
@@ -26,9 +27,26 @@ def sq_norms(terms: Iterable[Term], grams: Grams | None = None) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """Σ x² per leading index, accumulated in float64: float32 squares under- and overflow for hostile records."""
+    """Σ x² per leading index, as float64.
+
+    Blocks are summed in the dtype of x and joined in float64. Where float32 squares may under- or overflow (hostile
+    records), the record is squared again in float64: a norm rounded to zero would let it through unclipped.
+    """
     flat = x.reshape(x.shape[0], -1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square_()
+    if x.dtype == torch.float64 or flat.numel() == 0:
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square_()
+    whole = flat.shape[1] - flat.shape[1] % _BLOCK
+    if whole:
+        blocks = torch.linalg.vector_norm(flat[:, :whole].reshape(flat.shape[0], -1, _BLOCK), dim=2)
+        sq = blocks.double().square_().sum(1)
+        if whole < flat.shape[1]:
+            sq += torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square_()
+    else:
+        sq = torch.linalg.vector_norm(flat, dim=1).double().square_()
+    extreme = ~((sq > 1e-24) & (sq < 1e30))
+    if bool(extreme.any()):
+        sq[extreme] = torch.linalg.vector_norm(flat[extreme], dim=1, dtype=torch.float64).square_()
+    return sq
 
 
 def _sq_norm(term: Term, grams: Grams) -> Tensor:
@@ -65,9 +83,7 @@ def _outer(term: Outer, grams: Grams) -> Tensor:
         return torch.zeros(records, dtype=torch.float64, device=left.device)
     if rows * (p + d) >= p * d:
         chunk = max(1, _CHUNK_ELEMENTS // (p * d))
-        parts = [
-            _square(torch.bmm(a.mT, b)) for a, b in zip(left.split(chunk), right.split(chunk), strict=True)
-        ]
+        parts = [_square(torch.bmm(a.mT, b)) for a, b in zip(left.split(chunk), right.split(chunk), strict=True)]
         return torch.cat(parts)
     sq = (gram(left, grams) * gram(right, grams)).sum(dim=(1, 2), dtype=torch.float64)
     if left.dtype == torch.float64:

@@ -1,0 +1,77 @@
+"""The file behind a ledger: its schema, how it comes into being, and how it is recognised."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import LedgerError
+
+FORMAT = "sfumato-ledger"
+VERSION = "1"
+GENESIS = "0" * 64
+SCHEMA = f"""
+    PRAGMA journal_mode=WAL;
+    BEGIN;
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE entries (seq INTEGER PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL, "group" TEXT,
+                          note TEXT NOT NULL, event TEXT NOT NULL, hash TEXT NOT NULL);
+    INSERT INTO meta VALUES ('format', '{FORMAT}'), ('schema', '{VERSION}'), ('head', '{GENESIS}');
+    COMMIT;
+"""
+
+
+def foreign(path: Path) -> LedgerError:
+    """The error for a file that is something else."""
+    return LedgerError(
+        f"{path} is not a Sfumato ledger.", found=str(path), where=str(path), fix="name another file, or a new one."
+    )
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the regular file at ``path``, or None if there is none; anything else is refused."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"ledger {path} cannot be opened: {error}.", found=str(path), where=str(path)) from error
+    # An empty file is refused as well: a ledger that was truncated must not pass for a new one.
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        raise foreign(path)
+    return status.st_dev, status.st_ino
+
+
+def create(path: Path) -> tuple[int, int]:
+    """Put a complete, empty ledger at ``path`` in one atomic step; when two processes race, both open the winner's."""
+    try:
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        os.close(handle)
+        try:
+            connection = sqlite3.connect(draft, isolation_level=None)
+            connection.executescript(SCHEMA)
+            connection.close()
+            with suppress(FileExistsError):
+                os.link(draft, path)
+        finally:
+            os.unlink(draft)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the file's name must be as durable as its entries
+        finally:
+            os.close(folder)
+    except (OSError, sqlite3.Error) as error:
+        raise LedgerError(
+            f"ledger {path} cannot be created: {error}.",
+            found=str(path),
+            where=str(path),
+            fix="create the folder first, on a local disk, and make it writable.",
+        ) from error
+    created = identity(path)
+    if created is None:
+        raise LedgerError(f"ledger {path} was deleted while it was created.", found=str(path), where=str(path))
+    return created

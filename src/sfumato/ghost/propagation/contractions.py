@@ -1,0 +1,84 @@
+"""Matrix products, einsum, attention, and layers with constant weights."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.ghost import indexing
+from sfumato.ghost.propagation.names import Args, Kwargs, Lookup
+from sfumato.ghost.propagation.reductions import pointwise
+from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
+
+
+def matmul(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    a, b = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    if name == "rmatmul":
+        a, b = b, a
+    return contraction(name, a, tag_of(a), b, tag_of(b), records, out)
+
+
+def contraction(name: str, a: Tensor, ta: Tag | None, b: Tensor, tb: Tag | None, records: int, out: Tensor) -> Tag:
+    """The record axis of a @ b."""
+    places: list[Rows] = []
+    if isinstance(ta, Rows):
+        if ta.axis == a.dim() - 1:
+            return Coupled(name)
+        lost = 1 if b.dim() == 1 else 0
+        places.append(ta.at(out.dim() + lost - (a.dim() - ta.axis)))
+    if isinstance(tb, Rows):
+        if tb.axis == max(b.dim() - 2, 0):
+            return Coupled(name)
+        lost = 1 if a.dim() == 1 else 0
+        from_right = b.dim() - tb.axis
+        places.append(tb.at(out.dim() - from_right + (lost if from_right > 1 else 0)))
+    if len(places) == 2 and (places[0].axis != places[1].axis or not places[0].same_owners(places[1])):
+        return Coupled(name) if records != 1 else places[0]
+    return places[0]
+
+
+def einsum(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    parsed = indexing.einsum_letters(args)
+    if parsed is None:
+        return Unknown(name)
+    inputs, output, operands = parsed
+    letters: dict[str, Rows] = {}
+    for spec, x in zip(inputs, operands, strict=True):
+        rows = tag_of(x)
+        if isinstance(rows, Rows):
+            letters[spec[rows.axis]] = rows
+    if len(letters) != 1 and records != 1:
+        return Coupled(name)
+    letter, rows = next(iter(letters.items()))
+    return rows.at(output.index(letter)) if letter in output else Reduced(name)
+
+
+def frozen_linear(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    """linear with a constant weight."""
+    x = args[0]
+    rows = tag_of(x)
+    if isinstance(rows, Rows) and rows.axis < x.dim() - 1 and len([t for t in args if tag_of(t) is not None]) == 1:
+        return rows
+    return Coupled(name)
+
+
+def attention(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    operands = [*args[:4], kwargs.get("attn_mask")]
+    tags = [(t, tag) for t in operands if isinstance(t, Tensor) and (tag := tag_of(t)) is not None]
+    found = pointwise(name, [(t, tag) for t, tag in tags], records, out)
+    return found if isinstance(found, Rows) and found.axis < out.dim() - 2 else Coupled(name)
+
+
+def leading(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    """Image operations: the leading axis is untouched."""
+    rows = tag_of(args[0] if args else kwargs["input"])
+    others = [t for t in indexing.tensors(args[1:], kwargs) if tag_of(t) is not None]
+    if isinstance(rows, Rows) and rows.axis == 0 and not others:
+        return rows
+    return Unknown(name)
+
+
+def embedding(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    """Rows of a constant table; also one_hot."""
+    index = args[0] if args else kwargs["input"]
+    rows = tag_of(index)
+    return rows if isinstance(rows, Rows) else Unknown(name)

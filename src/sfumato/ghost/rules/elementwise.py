@@ -1,0 +1,45 @@
+"""Broadcasting elementwise operations: the parameter is spread, one copy for each record."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import CoupledRecords
+from sfumato.ghost import indexing
+from sfumato.ghost.rows import Rows
+from sfumato.ghost.rules.table import NoRule, rule
+
+if TYPE_CHECKING:
+    from sfumato.ghost.capture import Capture
+
+
+def broadcast(c: "Capture", name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Any broadcasting elementwise operation: parameters are spread along the record axis of the result."""
+    operands = list(indexing.tensors(args, kwargs))
+    ndim = max(t.dim() for t in operands)
+    found = [r.at(r.axis + ndim - t.dim()) for t in operands if isinstance(r := c.tag(t), Rows)]
+    if len(found) < sum(c.tag(t) is not None for t in operands):
+        mixed = next(t for t in operands if c.tag(t) is not None and not isinstance(c.tag(t), Rows))
+        c.refuse_mixed(name, c.tag(mixed))
+    if any(f.axis != found[0].axis or not f.same_owners(found[0]) for f in found) and c.records != 1:
+        raise CoupledRecords(f"{name} combines different records of the batch.", where=c.where())
+    rows = found[0]
+    if name.endswith("_") and not name.startswith("_") and c.target(args[0]) is not None:
+        raise NoRule(name, "records written into a parameter")
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, Tensor) and c.target(value) is not None:
+            return c.align(value, rows, ndim)
+        return type(value)(swap(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    out = func(*(swap(a) for a in args), **{k: swap(v) for k, v in kwargs.items()})
+    return c.tagged(out, rows)
+
+
+@rule("prelu")
+def prelu(c: "Capture", input: Tensor, weight: Tensor) -> Tensor:
+    shaped = weight if weight.numel() == 1 else c.derive("reshape", weight, (-1, *[1] * (input.dim() - 2)))
+    negative = c.call(torch.mul, c.call(torch.clamp_max, input, 0), shaped)
+    return c.call(torch.add, c.call(torch.clamp_min, input, 0), negative)

@@ -1,0 +1,26 @@
+"""The table of rules: operation name to function, filled by the modules of this folder."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+class NoRule(Exception):
+    """Internal: this operation needs a lower tier."""
+
+    def __init__(self, operation: str, why: str):
+        super().__init__(f"{operation}: {why}")
+        self.operation, self.why = operation, why
+
+
+RULES: dict[str, Callable[..., Any]] = {}
+# Operations that are refused by their arguments, whether or not they hold parameters.
+SCREENS: dict[str, Callable[..., None]] = {}
+
+
+def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            RULES[name] = fn
+        return fn
+
+    return register

@@ -24,8 +24,8 @@ Private = tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]
 class PrivacyEngine:
     """Private training of a plain PyTorch loop.
 
-    Guarantee: after any number of steps, everything that was released (all values that ``p.grad``, and so the model, ever
-    took) is (ε, δ)-differentially private for adding or removing one record of the data set, with ε =
+    Guarantee: after any number of steps, everything that was released (all values that ``p.grad``, and so the model,
+    ever took) is (ε, δ)-differentially private for adding or removing one record of the data set, with ε =
     ``get_epsilon(delta)``; under ``Shuffle`` for zeroing out one record. Abadi et al. 2016, Algorithm 1.
 
     Args:
@@ -122,10 +122,10 @@ class PrivacyEngine:
         batch_dim: int = 0,
         grad_scaler: "torch.amp.GradScaler | None" = None,
     ) -> Private:
-        """``make_private`` with the least noise for which ``epochs`` epochs stay within (``target_epsilon``, ``target_delta``).
+        """``make_private`` with the least noise for which ``epochs`` epochs stay within the target.
 
-        What the ledger already holds counts against the target. The loader also ends before a step that would exceed it,
-        unless another ``budget`` is given.
+        The target is (``target_epsilon``, ``target_delta``); what the ledger already holds counts against it. The
+        loader also ends before a step that would exceed it, unless another ``budget`` is given.
         """
         self._refuse_second()
         limit = Budget(epsilon=target_epsilon, delta=target_delta)
@@ -226,8 +226,8 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
     if foreign:
         raise UnsupportedError(
-            f"The optimizer trains {len(foreign)} tensors that are not parameters of the module (shapes {foreign[:3]}), so "
-            "their gradients would be neither clipped nor noised.",
+            f"The optimizer trains {len(foreign)} tensors that are not parameters of the module (shapes "
+            f"{foreign[:3]}), so their gradients would be neither clipped nor noised.",
             found=foreign,
             where="optimizer",
             fix="build the optimizer from module.parameters().",

@@ -12,8 +12,8 @@ from sfumato.sampling import Poisson, Shuffle
 class Plan:
     """Everything public about the steps of one private training.
 
-    Guarantee: each step releases Σ_b clip(G_b, C) + N(0, (σC)²I), divided by ``expected_batch_size``. Adding or removing
-    (Poisson) or zeroing out (Shuffle) one record changes the sum by at most C = ``sensitivity``.
+    Guarantee: each step releases Σ_b clip(G_b, C) + N(0, (σC)²I), divided by ``expected_batch_size``. Adding or
+    removing (Poisson) or zeroing out (Shuffle) one record changes the sum by at most C = ``sensitivity``.
     """
 
     noise_multiplier: float

@@ -21,7 +21,7 @@ def test_noise_multiplier(name):
 
 
 @pytest.mark.parametrize("target", [0.01, 0.5, 20.0, 300.0])
-@pytest.mark.parametrize("rate, steps", [(1.0, 10), (0.3, 1), (1e-3, 3000)])
+@pytest.mark.parametrize(("rate", "steps"), [(1.0, 10), (0.3, 1), (1e-3, 3000)])
 def test_safe_side_everywhere(target, rate, steps):
     found = noise_multiplier(target_epsilon=target, target_delta=1e-6, sample_rate=rate, steps=steps)
     assert epsilon(noise_multiplier=found, sample_rate=rate, steps=steps, delta=1e-6) <= target
@@ -63,7 +63,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_bad_input(name, value):
     good = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.1, "steps": 10}
     with pytest.raises(ConfigurationError, match=name) as caught:

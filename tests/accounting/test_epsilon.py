@@ -40,7 +40,7 @@ def test_true_bracket(name):
         assert result.upper * (1 - 1.5e-3) <= result.lower <= high
 
 
-@pytest.mark.parametrize("rate, sigma, steps, delta, true, digit", TINY_DELTA)
+@pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "true", "digit"), TINY_DELTA)
 def test_tiny_delta(rate, sigma, steps, delta, true, digit):
     result = epsilon(noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=delta)
     assert true - digit <= result.upper <= (true + digit) * 1.001
@@ -74,7 +74,7 @@ def single_step_truth(sigma, rate, delta):
                    if f(mpmath.mpf("1e-12")) > delta)  # fmt: skip
 
 
-@pytest.mark.parametrize("sigma, rate", [(1.0, 0.5), (0.5, 0.01), (2.0, 0.1), (5.0, 0.9), (0.3, 1e-3)])
+@pytest.mark.parametrize(("sigma", "rate"), [(1.0, 0.5), (0.5, 0.01), (2.0, 0.1), (5.0, 0.9), (0.3, 1e-3)])
 @pytest.mark.parametrize("delta", [1e-5, 1e-9, 1e-15])
 def test_single_step_closed_form(sigma, rate, delta):
     truth = single_step_truth(sigma, rate, delta)
@@ -184,4 +184,4 @@ def test_edges():
 def test_result_is_a_plain_value():
     result = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=100, delta=1e-6)
     for twin in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
-        assert twin == result and twin.delta == 1e-6 and twin.lower == result.lower
+        assert (twin, twin.delta, twin.lower) == (result, 1e-6, result.lower)

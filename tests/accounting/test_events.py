@@ -78,7 +78,9 @@ def test_bad_count(count):
         compose({POISSON: count}, delta=1e-5)
 
 
-@pytest.mark.parametrize("epsilon, delta", [(0, 1e-5), (-1, 1e-5), (float("nan"), 1e-5), (1, 0), (1, 1), (True, 0.1)])
+@pytest.mark.parametrize(
+    ("epsilon", "delta"), [(0, 1e-5), (-1, 1e-5), (float("nan"), 1e-5), (1, 0), (1, 1), (True, 0.1)]
+)
 def test_bad_budget(epsilon, delta):
     with pytest.raises(ConfigurationError):
         Budget(epsilon, delta)

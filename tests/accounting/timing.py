@@ -17,7 +17,8 @@ def main() -> None:
         lower = result.lower
         t2 = time.perf_counter()
         print(
-            f"{name} true {low:.7g}..{high:.7g}  upper {result.upper:.7f} ({result.upper / high - 1:+.4%}, {t1 - t0:.4f} s)"
+            f"{name} true {low:.7g}..{high:.7g}  upper {result.upper:.7f}"
+            f" ({result.upper / high - 1:+.4%}, {t1 - t0:.4f} s)"
             f"  lower {lower:.7f} ({lower / low - 1:+.4%}, {t2 - t1:.4f} s)"
         )
     rows = {**CALIBRATION, "D": (0.05, 1e-8, 1e-3, 1000, 2.9732), "F": (1.0, 1e-6, 1e-4, 10**6, 0.73297)}

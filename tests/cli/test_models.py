@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.errors import ConfigurationError
-from sfumato.models import BUILT_IN, build
+from sfumato.errors import ConfigurationError, CoupledRecords
+from sfumato.models import BUILT_IN, Features, build, extract
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -40,3 +40,24 @@ def test_no_model_mixes_records(name: str) -> None:
 
 def test_models_keep_their_mode() -> None:
     assert build("cnn", (1, 8, 8), 10).training
+
+
+def test_stored_features_give_the_same_model() -> None:
+    from torch import nn
+
+    model = Features(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten()), nn.Linear(4 * 36, 10))
+    x = torch.randn(7, 1, 8, 8)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    stored = extract(model.features, x, torch.device("cpu"))
+    assert torch.allclose(model.head(stored), model(x), atol=1e-6)
+
+
+def test_features_that_mix_records_are_refused() -> None:
+    from torch import nn
+
+    class Centre(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    with pytest.raises(CoupledRecords):
+        extract(Centre(), torch.randn(7, 5), torch.device("cpu"))

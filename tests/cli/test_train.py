@@ -167,6 +167,20 @@ def test_what_user_code_prints_stays_out_of_the_result(sfumato: Run, tmp_path: P
     assert start["status"] == "declared"
 
 
+def test_frozen_features_are_saved_with_the_head(sfumato: Run, tmp_path: Path) -> None:
+    (tmp_path / "feature_net.py").write_text(
+        "from torch import nn\n"
+        "from sfumato.models import Features\n"
+        "def net(classes):\n"
+        "    return Features(nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU()), nn.Linear(20, classes))\n"
+    )
+    ran = sfumato(*QUICK, "--epsilon", 8, "--model", "feature_net:net", "--averaging", "last:0.5", "--json")
+    assert ran.code == 0, ran.err
+    assert {"features.1.weight", "head.weight"} <= load_file(tmp_path / "run" / "model.safetensors").keys()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["training"]["parameters"], report["data"]["record_shape"]) == (210, [1, 8, 8])
+
+
 def test_tables(sfumato: Run, table: Path, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("age: [0, 120]\ntown: [Rome, Pisa, Siena]\n")
     ran = sfumato(

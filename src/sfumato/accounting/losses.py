@@ -149,7 +149,7 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
     total = low + high
     gap = np.divide(low * high, total, out=np.zeros_like(total), where=total > 0)
     mu = np.maximum(np.append(gap * math.expm1(step), 0.0), np.append(0.0, gap * -math.expm1(-step)))
-    # Up to the first loss the curve is the line 1 - ratio, and nothing lies lower: follow it while mu would undercut it.
+    # Up to the first loss the curve is the line 1 - ratio, the lowest there is: follow it while mu would undercut it.
     mass = np.append(low, 0.0) + np.append(0.0, high)
     growth = np.exp(nodes - nodes[0])
     above_line = -math.expm1(-step) * np.append(0.0, np.cumsum(np.cumsum(mass)[:-1] * growth[1:])) / growth

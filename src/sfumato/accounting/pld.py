@@ -136,14 +136,17 @@ def certify(parts: Mapping[Release, int], delta: float) -> Epsilon:
 
 def _adding_is_cheaper(parts: dict[Release, int], delta: float, point: float) -> bool:
     """Whether a cheap certificate shows that the add direction needs at most epsilon = ``point``."""
-    if all(release.rate < 1.0 for release in parts):
-        # adding a record moves no loss by more than -log(1 - rate)
-        if -sum(times * math.log1p(-release.rate) for release, times in parts.items()) <= point:
-            return True
+    sampled = all(release.rate < 1.0 for release in parts)
+    if sampled and -sum(times * math.log1p(-release.rate) for release, times in parts.items()) <= point:
+        return True  # adding a record moves no loss by more than -log(1 - rate)
+    if not 0.0 < point < math.inf:
+        return False
     steps = sum(parts.values())
     cut = cut_of(steps, delta)
     tilt = min(tilt_at(quadrature(parts, cut, add=True), point), 1e4)
-    step = _round_step(math.sqrt(2000.0 * TOLERANCE * point / (steps * (1.0 + tilt))))
+    step = math.sqrt(2000.0 * TOLERANCE * point / (steps * (1.0 + tilt)))
+    ranges = [support(release, cut) for release in parts]
+    step = _round_step(max(step, 16.0 * max(high - low for low, high in ranges) / MAX_CELLS))
     exponent = -tilt * point + tilt * math.log(tilt) - (1.0 + tilt) * math.log1p(tilt)
     for release, times in parts.items():
         masses = upper_masses(reverse(remove_cells(release, step, cut), step), step)
@@ -154,7 +157,7 @@ def _adding_is_cheaper(parts: dict[Release, int], delta: float, point: float) ->
 
 def _round_step(step: float) -> float:
     """Few distinct grids, so that cells can be reused."""
-    return 2.0 ** (math.floor(2.0 * math.log2(step)) / 2.0)
+    return float(2.0 ** (math.floor(2.0 * math.log2(step)) / 2.0))
 
 
 def _charged(delta: float, steps: int, cut: float) -> float:
@@ -246,7 +249,7 @@ def _evaluate(
     *, add: bool, upper: bool, refine: float,
 ) -> float | None:  # fmt: skip
     steps = sum(parts.values())
-    value, mean, variance = law.cumulants(tilt)
+    value, _, variance = law.cumulants(tilt)
     spread = math.sqrt(variance)
     tails = [
         min(

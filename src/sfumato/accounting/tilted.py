@@ -67,7 +67,7 @@ def convolve(parts: Iterable[tuple[Masses, int]], step: float, window: Window) -
     envelope = np.ones(bins)
     spectral_error = 8.0 * UNIT * levels + 4.0 * UNIT
     log_scale = right = left = 0.0
-    steps = kinds = 0
+    steps = 0
     for masses, count in parts:
         norm = masses.log_moment(window.tilt, step)
         log_scale += count * norm
@@ -80,7 +80,6 @@ def convolve(parts: Iterable[tuple[Masses, int]], step: float, window: Window) -
         if count > 1:
             envelope *= (np.abs(transform) + spectral_error) ** (count - 1)
         steps += count
-        kinds += 1
     weight = np.full(bins, 2.0)
     weight[0] = 1.0
     if size % 2 == 0:

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..accounting import Budget
-from ..data import DataSet, as_batch, load
+from ..data import DataSet, Records, as_batch, load
 from ..engine import PrivacyEngine
 from ..errors import BudgetExceeded, ConfigurationError
-from ..models import build
+from ..models import Features, build, extract
 from ..report import RunFacts, write
 from .averaging import Average
 from .loop import train
@@ -98,27 +99,27 @@ def _train(
     argv: Sequence[str],
 ) -> RunFacts:
     recipe = settings.recipe
+    started = time.perf_counter()
+    whole, (model, fed) = model, _feed(model, data, device)
     average = Average(model, recipe.averaging)
     optimizer = _optimizer(model, settings)
     engine = PrivacyEngine(ledger=spending.open(folder.path))
     with engine:
-        model, optimizer, loader = _privatise(engine, model, optimizer, data, settings)
+        model, optimizer, loader = _privatise(engine, model, optimizer, fed, settings)
         planned = recipe.epochs * engine.plan.steps_per_epoch
         with Metrics(folder.path, planned_steps=planned, private=settings.private_metrics) as metrics:
-            started = time.perf_counter()
             train(
                 engine=engine,
                 model=model,
                 optimizer=optimizer,
                 loader=loader,
                 average=average,
-                test=data.test,
+                test=fed.test,
                 settings=settings,
                 device=device,
                 planned_steps=planned,
                 metrics=metrics,
             )
-            seconds = time.perf_counter() - started
         if engine.steps == 0:
             raise BudgetExceeded(
                 f"epsilon = {settings.epsilon} at delta = {settings.delta:g} does not pay for a single step with noise "
@@ -126,14 +127,34 @@ def _train(
                 fix="raise --epsilon or --noise-multiplier, or lower --batch-size.",
             )
         facts = facts_of(
-            engine=engine, model=model, data=data, settings=settings, spending=spending, metrics=metrics,
-            planned_steps=planned, seconds=seconds, device=device, argv=argv, out=folder.out,
-        )  # fmt: skip
+            engine=engine,
+            model=model,
+            data=fed,
+            record_shape=data.input_shape,
+            settings=settings,
+            spending=spending,
+            metrics=metrics,
+            planned_steps=planned,
+            seconds=time.perf_counter() - started,
+            device=device,
+            argv=argv,
+            out=folder.out,
+        )
     from safetensors.torch import save_model
 
-    save_model(average.model, str(folder.path / MODEL_NAME))
+    saved = Features(whole.features, average.model) if isinstance(whole, Features) else average.model
+    save_model(saved, str(folder.path / MODEL_NAME))
     write(facts, folder.path)
     return facts
+
+
+def _feed(model: nn.Module, data: DataSet, device: torch.device) -> tuple[nn.Module, DataSet]:
+    """What is trained, and on what: frozen features are computed once for each record."""
+    if not isinstance(model, Features):
+        return model, data
+    train, test = (Records(extract(model.features, part.x, device), part.y) for part in (data.train, data.test))
+    note = "A fixed feature map without trained parameters is applied to each record on its own."
+    return model.head, replace(data, train=train, test=test, checked=(*data.checked, note))
 
 
 def _privatise(

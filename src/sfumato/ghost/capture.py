@@ -27,12 +27,13 @@ _METADATA = set(
     "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
     "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
     "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
-    "retain_grad register_hook _version output_nr is_shared item tolist __len__ __bool__ __int__ __float__ __repr__ "
-    "__format__ __hash__ __index__ equal allclose is_same_size numpy _is_view is_signed __contains__ "
+    "retain_grad _version output_nr is_shared __len__ __bool__ __int__ __repr__ "
+    "__format__ __hash__ __index__ equal allclose is_same_size _is_view is_signed __contains__ "
     "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
 )
 _SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
+_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__"}
 _COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
@@ -57,6 +58,8 @@ class Capture(TorchFunctionMode):
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._tainted: dict[int, Tag] = {}  # storages written to behind the back of their tags
+        self._stale: dict[int, weakref.ref[Tensor]] = {}  # tensors of an earlier batch that are still alive
         self._derived: dict[int, Derived] = {}
         self._tape: Tape | None = None
 
@@ -74,17 +77,19 @@ class Capture(TorchFunctionMode):
 
     def open(self, on_complete: Callable[[Tape], None], expected: int | None) -> Tape:
         """Start a batch of ``expected`` records (None: taken from the model's first tensor)."""
+        self.close()
         self._tape = Tape(on_complete)
         self.expected = expected
-        self._tags.clear()
-        self._derived.clear()
         self.live = True
         return self._tape
 
     def close(self) -> None:
         self.live = False
         self._tape = None
+        self._stale = {k: r for k, r in self._stale.items() if r() is not None}
+        self._stale |= {k: r for k, (r, _) in self._tags.items() if r() is not None}
         self._tags.clear()
+        self._tainted.clear()
         self._derived.clear()
 
     def refresh(self) -> None:
@@ -111,8 +116,8 @@ class Capture(TorchFunctionMode):
         if not carriers:
             raise RowsMismatch(
                 f"The batch has {self.records} records, but the model got tensors of shape "
-                f"{[tuple(t.shape) for t in dims]} with records on axis {self.batch_dim}; a row without a record of its own "
-                "cannot be clipped.",
+                f"{[tuple(t.shape) for t in dims]} with records on axis {self.batch_dim}; a row without a record of "
+                "its own cannot be clipped.",
                 found=[tuple(t.shape) for t in dims],
                 where=self.where(),
                 fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
@@ -147,7 +152,12 @@ class Capture(TorchFunctionMode):
 
     def tag(self, value: object) -> Tag | None:
         entry = self._tags.get(id(value))
-        return entry[1] if entry is not None and entry[0]() is value else None
+        if entry is not None and entry[0]() is value:
+            return entry[1]
+        if self._tainted and isinstance(value, Tensor):
+            return self._tainted.get(_storage(value))
+        stale = self._stale.get(id(value))
+        return Coupled("an earlier batch") if stale is not None and stale() is value else None
 
     def set_tag(self, value: Tensor, tag: Tag) -> None:
         self._tags[id(value)] = (weakref.ref(value), tag)
@@ -209,32 +219,75 @@ class Capture(TorchFunctionMode):
         base = clean(name)
         if base in rules.SCREENS:
             rules.SCREENS[base](self, *args, **kwargs)
+        if name in _ESCAPES and any(t.is_floating_point() for t in indexing.tensors(args)):
+            raise CoupledRecords(
+                f"{name}() takes a value of private records out of the graph, where it could reach other records "
+                "unseen.",
+                where=self.where(),
+                fix="compute it with tensor operations, for each record on its own.",
+            )
+        if name == "register_hook":
+            raise UnsupportedError(
+                "A hook on an activation can mix the gradients of different records.",
+                where=self.where(),
+                fix="remove register_hook from the forward.",
+            )
+        written = _written(name, args, kwargs)
+        before = None if written is None else self.tag(written)
         out = func(*args, **kwargs)
         if base == "setitem":
-            self._after_setitem(*args)
+            self.set_tag(args[0], self._after_setitem(*args))
+        elif name == "__set__":
+            self.set_tag(args[0], Unknown("data"))
         elif name.endswith("_") and not name.startswith("_") and base in _SWAPS | _RESHAPES:
             self.set_tag(out, Unknown(name))
         else:
             for tensor, tag in propagate(name, self.tag, self.tape.records or 0, args, kwargs, out):
                 self.set_tag(tensor, tag)
+        if written is not None and (out is written or base in ("setitem", "set") or "out" in kwargs):
+            after = self.tag(written)
+            if not isinstance(after, Rows) or not isinstance(before, Rows) or not _same(before, after):
+                self._taint(written, after)
         return out
 
-    def _after_setitem(self, x: Tensor, index: Any, value: Any) -> None:
-        tag = self.tag(value)
-        if self.tag(x) is not None or tag is None:
-            return None
-        region = torch.empty_like(x, device="meta")[index] if not isinstance(index, Tensor) else None
+    def _taint(self, written: Tensor, after: Tag | None) -> None:
+        """What else looks at this storage has changed without an operation of its own."""
+        storage = _storage(written)
+        mixed = isinstance(after, (Coupled, Reduced))
+        self._tainted[storage] = (Coupled if mixed else Unknown)("a write through another view")
+        for key, (ref, _) in list(self._tags.items()):
+            other = ref()
+            if other is not None and other is not written and _storage(other) == storage:
+                self._tags[key] = (ref, self._tainted[storage])
+
+    def _after_setitem(self, x: Tensor, index: Any, value: Any) -> Tag:
+        """The tag of x after x[index] = value."""
+        own, tag = self.tag(x), self.tag(value)
         items = index if isinstance(index, tuple) else (index,)
-        if not isinstance(tag, Rows) or region is None or any(i is None or isinstance(i, Tensor) for i in items):
-            return self.set_tag(x, Unknown("setitem"))
+        picks = [t for t in indexing.tensors(items) if self.tag(t) is not None]
+        if own is not None and tag is None:
+            aligned = all(isinstance(own, Rows) and t.dim() > own.axis and _same(self.tag(t), own) for t in picks)
+            return own if aligned else Unknown("setitem")
+        if picks:
+            return Unknown("setitem")
+        probe = torch.zeros((), device=x.device).expand(x.shape)
+        if own is not None:
+            self.set_tag(probe, own)
+        region = self.call(Tensor.__getitem__, probe, index) if own is not None else probe[index]
+        if not isinstance(tag, Rows):
+            return tag if isinstance(tag, Unknown) else Coupled("setitem")
+        if own is not None:
+            place = self.tag(region)
+            aligned = _same(place, tag.at(tag.axis + region.dim() - value.dim()))
+            return own if aligned or self.records == 1 else Coupled("setitem")
+        if any(i is None or isinstance(i, (Tensor, list)) for i in items):
+            return Unknown("setitem")
         if Ellipsis in items:
             at = items.index(Ellipsis)
             items = (*items[:at], *[slice(None)] * (x.dim() - len(items) + 1), *items[at + 1 :])
         kept = [k for k in range(x.dim()) if k >= len(items) or isinstance(items[k], slice)]
         axis = kept[tag.axis + region.dim() - value.dim()]
-        if x.shape[axis] == value.shape[tag.axis]:
-            return self.set_tag(x, tag.at(axis))
-        return self.set_tag(x, Unknown("setitem"))
+        return tag.at(axis) if x.shape[axis] == value.shape[tag.axis] else Unknown("setitem")
 
     def _targets_only(
         self, func: Any, name: str, args: Any, kwargs: Any, operands: list[Tensor], targets: list[Target]
@@ -307,10 +360,44 @@ class Capture(TorchFunctionMode):
         )
 
     def check_output(self, out: Any) -> None:
-        """What leaves the model with a gradient must be per record, or a plain sum or mean of records."""
+        """What leaves the model with a gradient is per record, or a plain sum or mean of them; nothing stays behind."""
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.requires_grad and isinstance(tag := self.tag(tensor), Coupled):
                 self.refuse_mixed("the output", tag)
+        for name, buffer in self.module.named_buffers():
+            if self.tag(buffer) is not None:
+                refuse_buffer(name)
+        for name, parameter in self.module.named_parameters():
+            if self._tainted and _storage(parameter) in self._tainted:
+                refuse_buffer(name)
+
+
+def refuse_buffer(name: str) -> NoReturn:
+    """State that the forward writes is published with the model, without noise."""
+    raise UnsupportedError(
+        f"The forward writes values of private records into {name}, which the model publishes un-noised.",
+        where=name,
+        fix="do not update it during private training (running statistics, moving averages, memory banks).",
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else -id(tensor)
+
+
+def _same(a: Tag | None, b: Tag | None) -> bool:
+    return isinstance(a, Rows) and isinstance(b, Rows) and a.axis == b.axis and a.same_owners(b)
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that an operation writes into, if any."""
+    out = kwargs.get("out")
+    if isinstance(out, Tensor):
+        return out
+    in_place = name == "__set__" or name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
+    if (in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))) and args:
+        return args[0] if isinstance(args[0], Tensor) else None
+    return None
 
 
 def _derived(tensor: Tensor, name: str, targets: list[Target], source: Target | None) -> Derived:

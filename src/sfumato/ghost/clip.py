@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sfumato.ghost.pullback import Bundle
-from sfumato.terms import Grams, keep, select, sq_norms, weighted_sum
+from sfumato.terms import Dense, Grams, keep, select, sq_norms, weighted_sum
 
 # Elements of per-sample gradients that may be kept instead of computed twice (1 GiB of float32 at most in all).
 KEEP_ELEMENTS = 1 << 27
@@ -24,7 +24,7 @@ def total_sq_norms(bundle: Bundle, records: int) -> Tensor:
     total: Tensor | None = None
     for name, terms in bundle.items():
         kept = [keep(t, budget) for t in terms]
-        budget -= sum(k.value.numel() for k, t in zip(kept, terms, strict=True) if k is not t)  # type: ignore[union-attr]
+        budget -= sum(k.value.numel() for k, t in zip(kept, terms, strict=True) if isinstance(k, Dense) and k is not t)
         bundle[name] = kept
         sq = sq_norms(kept, grams)
         total = sq if total is None else total + sq.to(total.device)
@@ -32,7 +32,7 @@ def total_sq_norms(bundle: Bundle, records: int) -> Tensor:
 
 
 def clipped(bundle: Bundle, weights: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    """{name: Σ_b weights[b]·G_b}. Records that are not ``finite`` are left out, not multiplied by zero: 0·inf is NaN."""
+    """{name: Σ_b weights[b]·G_b}. Records that are not ``finite`` are left out: 0·inf would be NaN."""
     everything = bool(finite.all())
     out: dict[str, Tensor] = {}
     for name, terms in bundle.items():

@@ -56,12 +56,15 @@ class _Forward:
                     return out
                 except NoRule as reason:
                     tier = self._lower(tier, reason, outermost)
-                except (RuntimeError, ValueError, TypeError) as error:
-                    if isinstance(error, SfumatoError):
+                except SfumatoError:
+                    raise
+                except Exception as error:
+                    # A lower tier runs other code than the user wrote; what fails there is a reason to go on down.
+                    if tier == "rule":
                         raise
-                    if tier != "vmap":
-                        raise
-                    tier = self._lower(tier, NoRule("vmap", str(error).splitlines()[0]), outermost)
+                    reason = NoRule(tier, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                    reason.__cause__ = error
+                    tier = self._lower(tier, reason, outermost)
         finally:
             c.path.pop()
 
@@ -90,8 +93,8 @@ def _refuse_reentrant_checkpoint(name: str) -> None:
     while frame is not None:
         if frame.f_code.co_name == "backward" and frame.f_code.co_filename.endswith("checkpoint.py"):
             raise UnsupportedError(
-                "Reentrant activation checkpointing runs a backward inside the backward, so a step cannot be clipped as "
-                "a whole.",
+                "Reentrant activation checkpointing runs a backward inside the backward, so a step cannot be clipped "
+                "as a whole.",
                 where=name,
                 fix="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
             )

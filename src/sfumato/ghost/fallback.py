@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sfumato.errors import CoupledRecords, UnsupportedError
-from sfumato.ghost.capture import Capture
+from sfumato.ghost.capture import Capture, refuse_buffer
 from sfumato.ghost.rows import Rows
 from sfumato.ghost.rules import NoRule
 
@@ -33,7 +33,8 @@ def refuse_batch_statistics(module: nn.Module, where: str) -> None:
         tracks = isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats
         if tracks and child.training:
             raise UnsupportedError(
-                f"{type(child).__name__} with track_running_stats=True publishes statistics of private records, un-noised.",
+                f"{type(child).__name__} with track_running_stats=True publishes statistics of private records, "
+                "un-noised.",
                 found=type(child).__name__,
                 where=".".join(p for p in (where, name) if p),
                 fix="build it with track_running_stats=False.",
@@ -41,16 +42,22 @@ def refuse_batch_statistics(module: nn.Module, where: str) -> None:
 
 
 class _suspended:
-    """The mode lets everything through while a lower tier runs."""
+    """The mode lets everything through while a lower tier runs; no buffer may change meanwhile."""
 
-    def __init__(self, c: Capture):
-        self.c = c
+    def __init__(self, c: Capture, module: nn.Module):
+        self.c, self.module = c, module
+        self.buffers = {n: (b, b._version) for n, b in module.named_buffers()}
 
     def __enter__(self) -> None:
         self.c.suspended = True
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
         self.c.suspended = False
+        if kind is None:
+            for name, buffer in self.module.named_buffers():
+                before, version = self.buffers.get(name, (None, 0))
+                if before is not buffer or buffer._version != version:
+                    refuse_buffer(name)
 
 
 def _copies(c: Capture, module: nn.Module) -> dict[str, Tensor]:
@@ -90,7 +97,7 @@ def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         a, k = tree_unflatten(rebuilt, spec)
         return functional_call(module, parameters, a, k)
 
-    with _suspended(c):
+    with _suspended(c, module):
         run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
         out = run(_copies(c, module), *tensors)
 
@@ -120,7 +127,7 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
         raise NoRule("microbatch", "an input has no plain record axis")
     copies = {n: p.unbind(0) for n, p in _copies(c, module).items()}
     outs = []
-    with _suspended(c):
+    with _suspended(c, module):
         for b in range(c.records):
             piece = [v.narrow(t.axis, b, 1) if isinstance(t, Rows) else v for v, t in zip(flat, tags, strict=True)]
             a, k = tree_unflatten(piece, spec)

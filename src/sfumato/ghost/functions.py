@@ -48,7 +48,7 @@ class LinearFn(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
@@ -82,7 +82,7 @@ class ConvFn(Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         spec: ConvSpec = ctx.spec
         x, weight = ctx.saved_tensors
@@ -121,7 +121,7 @@ class EmbeddingFn(Function):
         return F.embedding(index, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         (index,) = ctx.saved_tensors
         g = _wide(by_record(grad, use.rows, use.records, 1))
@@ -143,7 +143,7 @@ class SpreadFn(Function):
         return value.expand(records, *value.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         ctx.tape.add(*settle(ctx.target, Dense(_wide(grad))))
         return None, ctx.tape.zero, None, None, None
 
@@ -159,7 +159,7 @@ class RowsFn(Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows: Rows = ctx.rows
         owner = None if rows.plain else owners(rows, ctx.records, grad.device)
         ctx.tape.add_rows(ctx.target, rows.axis, _wide(grad), owner)

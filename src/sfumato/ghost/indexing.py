@@ -57,7 +57,7 @@ def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str, list[Tensor]]
 
 
 def _is_advanced(item: object) -> bool:
-    return isinstance(item, (Tensor, list)) or (isinstance(item, bool))
+    return isinstance(item, (Tensor, list, bool))
 
 
 def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tensor, index: Any, out: Any) -> Tag | None:

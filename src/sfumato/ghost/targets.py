@@ -37,6 +37,7 @@ Target = Param | Derived
 
 
 def shape_of(target: Target) -> torch.Size:
+    """Shape of the target's own tensor, and so of its per-sample gradients."""
     return target.tensor.shape
 
 

@@ -38,7 +38,7 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Training:
-    """How the model was trained; ``seconds``: wall time of the training loop."""
+    """How the model was trained; ``seconds``: wall time of training, evaluation included."""
 
     model: str
     parameters: int

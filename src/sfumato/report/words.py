@@ -95,5 +95,5 @@ def number(value: float) -> str:
         return "∞" if value > 0 else "unknown"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.3e}".split("e")
+    mantissa, exponent = f"{value:.3e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"

@@ -34,8 +34,8 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
         )
     if loader.batch_size is None:
         raise UnsupportedError(
-            "The loader has no batch_size (a custom batch_sampler, or batching switched off), so the sampling that would be "
-            "accounted for is unknown.",
+            "The loader has no batch_size (a custom batch_sampler, or batching switched off), so the sampling that "
+            "would be accounted for is unknown.",
             found=type(loader.batch_sampler).__name__,
             where="data_loader",
             fix="build the DataLoader with batch_size= and choose sampling=sf.Poisson(...) or sf.Shuffle(...).",
@@ -46,8 +46,8 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
     )
     if not plain or type(loader.batch_sampler) is not BatchSampler:
         raise UnsupportedError(
-            f"The loader draws with {type(sampler).__name__}; the private loader draws by itself and would drop it, and its "
-            "privacy is not that of Poisson sampling.",
+            f"The loader draws with {type(sampler).__name__}; the private loader draws by itself and would drop it, "
+            "and its privacy is not that of Poisson sampling.",
             found=type(sampler).__name__,
             where="data_loader.sampler",
             fix="build the DataLoader without sampler= (shuffle=True is fine).",
@@ -86,8 +86,8 @@ class _Draws:
 class PrivateLoader(DataLoader[Any]):
     """A DataLoader over the records that the plan's sampler draws; ``len`` is the number of logical steps an epoch.
 
-    Every item is one physical microbatch; exactly one backward may follow it. Empty draws never reach the loop: they are
-    charged, released as noise and stepped here. The loader ends before the step that the budget does not allow.
+    Every item is one physical microbatch; exactly one backward may follow it. Empty draws never reach the loop: they
+    are charged, released as noise and stepped here. The loader ends before the step that the budget does not allow.
     """
 
     def __init__(self, base: DataLoader[Any], session: Session):
@@ -98,7 +98,7 @@ class PrivateLoader(DataLoader[Any]):
             workers = {"prefetch_factor": base.prefetch_factor, "persistent_workers": base.persistent_workers}
         super().__init__(
             base.dataset,
-            batch_sampler=_Draws(session.plan, session.source.uniform, tokens),  # type: ignore[arg-type]
+            batch_sampler=_Draws(session.plan, session.source.uniform, tokens),
             num_workers=base.num_workers,
             collate_fn=base.collate_fn,
             pin_memory=base.pin_memory,

@@ -210,6 +210,6 @@ class Session:
         raise UnclippedGradient(
             f"Autograd wrote an unclipped gradient into {name}; all gradients of this step were wiped.",
             where=name,
-            fix="keep every use of the parameter inside the model's forward: no regulariser in the loss (use weight_decay), "
-            "no scripted layer, no custom autograd Function that takes it.",
+            fix="keep every use of the parameter inside the model's forward: no regulariser in the loss (use "
+            "weight_decay), no scripted layer, no custom autograd Function that takes it.",
         )

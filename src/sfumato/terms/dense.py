@@ -17,7 +17,7 @@ def materialize(term: Term) -> Tensor:
         case Outer(left, right, shape):
             return torch.bmm(left.mT, right).reshape(left.shape[0], *shape)
         case Scatter(grad, index, shape):
-            records, rows = index.shape
+            records, _ = index.shape
             out = grad.new_zeros(records * shape[0], shape[1])
             offset = torch.arange(records, device=index.device).unsqueeze(1) * shape[0]
             out.index_add_(0, (index + offset).reshape(-1), grad.reshape(-1, shape[1]))

@@ -1,4 +1,4 @@
-"""inner and sq_norms: scalar products of per-sample gradients, in float64 results, never materialised where avoidable."""
+"""inner and sq_norms: scalar products of per-sample gradients, float64 results, never materialised where avoidable."""
 
 from collections.abc import Iterable
 from itertools import combinations

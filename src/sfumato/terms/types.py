@@ -21,6 +21,8 @@ class Outer:
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
+    """The static arguments of one convolution, as ``torch.convolution`` takes them."""
+
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]

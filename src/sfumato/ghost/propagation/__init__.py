@@ -15,7 +15,9 @@ from sfumato.ghost.propagation import contractions, reductions, shapes
 from sfumato.ghost.propagation.names import (
     ELEMENTWISE_LOSS,
     LIKE,
-    LINEAR_POINTWISE,
+    SCALES_EITHER,
+    SCALINGS,
+    SUMMING,
     Args,
     Kwargs,
     Lookup,
@@ -40,7 +42,7 @@ def propagate(
         return []
     blurred = [tag for _, tag in tags if not isinstance(tag, Rows)]
     if blurred:
-        result: Any = _blur(base, [tag for _, tag in tags])
+        result: Any = _blur(base, tags, args)
     elif base in _RULES:
         result = _RULES[base](base, tag_of, records, args, kwargs, out)
     elif is_pointwise(base):
@@ -62,15 +64,16 @@ def _assign(out: Any, result: Any) -> list[tuple[Tensor, Tag]]:
     return []
 
 
-def _blur(name: str, tags: Sequence[Tag]) -> Tag:
-    """A value that has lost its record axis: sums of sums stay sums, anything else is a mixture."""
+def _blur(name: str, tags: Sequence[tuple[Tensor, Tag]], args: Args) -> Tag:
+    """A value that has lost its record axis: a sum of sums is one, and so is its multiple; all else is a mixture."""
     for kind in (Coupled, Unknown):
-        for tag in tags:
+        for _, tag in tags:
             if isinstance(tag, kind):
                 return tag
-    if all(isinstance(tag, Reduced) for tag in tags):
-        return tags[0] if name in LINEAR_POINTWISE or name in ("sum", "stack", "view", "reshape") else Coupled(name)
-    return Coupled(name)
+    if not all(isinstance(tag, Reduced) for _, tag in tags):
+        return Coupled(name)
+    scaled = len(tags) == 1 and name in SCALINGS and (name in SCALES_EITHER or args[0] is tags[0][0])
+    return tags[0][1] if name in SUMMING or scaled else Coupled(name)
 
 
 def _table(rule: Rule, names: str) -> dict[str, Rule]:

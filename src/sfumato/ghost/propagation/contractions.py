@@ -11,7 +11,8 @@ from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
 
 
 def matmul(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
-    a, b = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    a: Any = args[0]
+    b: Any = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
     if name == "rmatmul":
         a, b = b, a
     return contraction(name, a, tag_of(a), b, tag_of(b), records, out)

@@ -21,15 +21,16 @@ Rule = Callable[[str, Lookup, int, Args, Kwargs, Any], Any]
 
 
 LIKE = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+LIKE |= {"new_zeros", "new_ones", "new_empty", "new_full"}
 
 
 _POINTWISE = set(
-    "dropout alpha_dropout relu relu6 gelu silu elu leaky_relu hardtanh mish softplus hardswish hardsigmoid logsigmoid "
-    "celu selu rrelu softsign tanhshrink threshold softshrink hardshrink to type type_as float double half bfloat16 long int bool "
-    "contiguous clone detach data real cpu cuda masked_fill where nan_to_num requires_grad_ bernoulli positive rsub "
-    "float_power fill zero copy div truediv floordiv floor_divide mod remainder iadd isub imul itruediv ne eq lt gt le ge "
-    "and or xor invert neg abs pow rpow rtruediv radd rmul clip multinomial_ normal_ uniform_ feature_alpha_dropout "
-    "dropout1d dropout2d dropout3d".split()
+    "dropout alpha_dropout relu relu6 gelu silu elu leaky_relu hardtanh mish softplus hardswish hardsigmoid "
+    "logsigmoid celu selu rrelu softsign tanhshrink threshold softshrink hardshrink to type type_as float double "
+    "half bfloat16 long int bool contiguous clone detach data real cpu cuda masked_fill where nan_to_num "
+    "requires_grad_ bernoulli positive rsub float_power fill zero copy div truediv floordiv floor_divide mod "
+    "remainder iadd isub imul itruediv ne eq lt gt le ge and or xor invert neg abs pow rpow rtruediv radd rmul clip "
+    "multinomial_ normal_ uniform_ feature_alpha_dropout dropout1d dropout2d dropout3d".split()
 )
 
 
@@ -39,7 +40,11 @@ ELEMENTWISE_LOSS = set(
 )
 
 
-LINEAR_POINTWISE = {"add", "sub", "rsub", "mul", "div", "truediv", "neg", "radd", "rmul", "iadd", "isub", "imul", "to"}
+# Linear in all their operands; in one operand at a time; and the latter whichever operand it is.
+SUMMING = {"add", "sub", "rsub", "radd", "iadd", "isub", "neg", "sum", "stack", "cat", "view", "reshape", "squeeze"}
+SUMMING |= {"to", "float", "double", "clone", "detach", "contiguous", "data", "mean", "unsqueeze", "copy"}
+SCALES_EITHER = {"mul", "rmul", "imul"}
+SCALINGS = SCALES_EITHER | {"div", "truediv", "itruediv"}
 
 
 def clean(name: str) -> str:

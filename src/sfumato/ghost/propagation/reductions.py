@@ -37,7 +37,9 @@ def reduce(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     rest = args[2:] if name in ("norm", "vector_norm") else args[1:]
     dims = indexing.dims_of(rest, kwargs, x.dim())
     if dims is None or rows.axis in dims:
-        return Reduced(name) if name in ("sum", "mean", "nansum") else Coupled(name)
+        # The mean over a number of rows that the data decide couples records; a sum never does.
+        regular = rows.owner is None
+        return Reduced(name) if name in ("sum", "nansum") or (name == "mean" and regular) else Coupled(name)
     first = out if isinstance(out, Tensor) else out[0]
     if first.dim() == x.dim():
         return rows

@@ -80,7 +80,8 @@ def pieces(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
 
 
 def cat(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
-    parts = list(args[0] if args else kwargs.get("tensors", kwargs.get("input")))
+    tensors: Any = args[0] if args else kwargs.get("tensors", kwargs.get("input"))
+    parts = list(tensors)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     if name in ("hstack", "vstack", "dstack"):
         return Unknown(name)

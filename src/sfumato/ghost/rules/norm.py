@@ -104,7 +104,8 @@ def _screen_instance_norm(
 ) -> None:
     if running_mean is not None and use_input_stats:
         raise UnsupportedError(
-            "instance_norm with track_running_stats=True writes statistics of private records into a buffer, un-noised.",
+            "instance_norm with track_running_stats=True writes statistics of private records into a buffer, "
+            "un-noised.",
             where=c.where(),
             fix="build it with track_running_stats=False.",
         )

@@ -222,6 +222,13 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             where="optimizer",
             fix="use SGD, Adam or another optimizer that evaluates once a step.",
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UnsupportedError(
+            "SparseAdam takes sparse gradients, and a private gradient is dense: every row gets noise.",
+            found="SparseAdam",
+            where="optimizer",
+            fix="use torch.optim.Adam.",
+        )
     known = {id(p): n for n, p in module.named_parameters()}
     foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
     if foreign:

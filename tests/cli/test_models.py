@@ -7,10 +7,15 @@ import torch
 
 from sfumato.errors import ConfigurationError, CoupledRecords
 from sfumato.models import BUILT_IN, Features, build, extract
+from sfumato.models.filters import circular_basis, cosine_basis, gaussian_pool, morlet_bank
+
+GREY_ONLY = ("scattering", "energy")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(n, s) for n in BUILT_IN for s in [(1, 28, 28), (1, 16, 16), (3, 32, 32)] if s[0] == 1 or n not in GREY_ONLY],
+)
 def test_images(name: str, shape: tuple[int, ...]) -> None:
     assert build(name, shape, 7)(torch.randn(5, *shape)).shape == (5, 7)
 
@@ -20,15 +25,44 @@ def test_rows(name: str) -> None:
     assert build(name, (12,), 3)(torch.randn(5, 12)).shape == (5, 3)
 
 
-@pytest.mark.parametrize("name", ["cnn", "papernot", "tramer_boneh"])
+@pytest.mark.parametrize("name", ["cnn", "papernot", "tramer_boneh", "scattering", "energy"])
 def test_rows_are_not_images(name: str) -> None:
     with pytest.raises(ConfigurationError, match="needs images"):
         build(name, (12,), 3)
 
 
-@pytest.mark.parametrize("name", ["papernot", "tramer-boneh", "tramer_boneh"])
-def test_published_size(name: str) -> None:
-    assert sum(p.numel() for p in build(name, (1, 28, 28), 10).parameters()) == 26_010
+@pytest.mark.parametrize(
+    ("name", "side", "trained"),
+    [("papernot", 28, 26_010), ("tramer-boneh", 28, 26_010), ("tramer_boneh", 28, 26_010), ("scattering", 28, 39_700),
+     ("energy", 8, 1_930)],
+)  # fmt: skip
+def test_size(name: str, side: int, trained: int) -> None:
+    assert sum(p.numel() for p in build(name, (1, side, side), 10).parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [("scattering", (1, 30, 30), "divisible by 4"), ("scattering", (3, 32, 32), "grey"), ("energy", (3, 8, 8), "grey")],
+)
+def test_what_fixed_features_cannot_take(name: str, shape: tuple[int, ...], says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        build(name, shape, 10)
+
+
+def test_fixed_features_depend_on_nothing_random() -> None:
+    x = torch.rand(2, 1, 28, 28)
+    first, second = (build("scattering", (1, 28, 28), 10) for _ in range(2))
+    assert isinstance(first, Features)
+    assert isinstance(second, Features)
+    assert torch.equal(first.features(x), second.features(x))
+
+
+def test_filters_are_what_they_claim() -> None:
+    bank = morlet_bank(1, 8, 13)
+    assert bank.sum(dim=(1, 2, 3)).abs().max() < 1e-6  # zero mean: blind to a constant image
+    for basis in (cosine_basis(7), circular_basis(8)[0]):
+        assert torch.allclose(basis @ basis.T, torch.eye(len(basis)), atol=1e-6)
+    assert torch.allclose(gaussian_pool(28, 4, 3.2).sum(1), torch.ones(7))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

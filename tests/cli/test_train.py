@@ -14,7 +14,7 @@ from tests.cli.helpers import Run
 import sfumato as sf
 from sfumato.models import build
 
-QUICK = ["train", "--data", "digits", "--epochs", 2, "--seed", 1]
+QUICK = ["train", "--data", "digits", "--epochs", 2, "--batch-size", 256, "--seed", 1]
 FILES = {"model.safetensors", "ledger.db", "metrics.jsonl", "report.html", "report.json"}
 
 
@@ -134,7 +134,8 @@ def test_the_seed_fixes_the_start_but_not_the_noise(sfumato: Run, tmp_path: Path
 
 def test_yaml_equals_flags(sfumato: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
-        "data: digits\nepochs: 2\nseed: 1\nnoise-multiplier: 2\nmax_grad_norm: 0.5\nno-private-metrics: true\n"
+        "data: digits\nepochs: 2\nbatch-size: 256\nseed: 1\nnoise-multiplier: 2\nmax_grad_norm: 0.5\n"
+        "no-private-metrics: true\n"
     )
     found = sfumato("train", "--config", "c.yaml", "--json")
     assert found.code == 0, found.err
@@ -223,5 +224,5 @@ def test_digits_recipe(sfumato: Run) -> None:
         sfumato("train", "--epsilon", 3, "--seed", seed, "--out", f"run{seed}", "--json").json["accuracy"]
         for seed in range(5)
     )
-    assert found[2] >= 0.90, found
+    assert found[2] >= 0.93, found
     assert not any(math.isnan(a) for a in found)

@@ -94,9 +94,6 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum": lambda h: h + torch.einsum("bi,ci->c", h, h)[:, None],
     "permutation": lambda h: h + h[torch.arange(B - 1, -1, -1) % len(h)],
     "index_select": lambda h: h + h.index_select(0, torch.arange(len(h)).flip(0)),
-    "gather": lambda h: h + h.gather(0, torch.arange(len(h)).flip(0)[:, None].expand(-1, 5)),
-    "scatter_add": lambda h: h + torch.zeros_like(h).index_add(0, torch.zeros(len(h), dtype=torch.long), h),
-    "cdist": lambda h: h * torch.cdist(h, h).sum(1, keepdim=True),
     "layer norm over records": lambda h: F.layer_norm(h.t(), (len(h),)).t(),
     "attention over records": lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
     "written: shifted": _write(slice(1, None), lambda h: h[:-1].clone()),
@@ -128,6 +125,34 @@ def test_mixing_the_records_is_refused(name: str) -> None:
         released(w)
     assert w.engine.steps == w.charges == 0
     assert not w.grads
+
+
+# Without a rule for the record axis: run one record at a time, where they cannot mix, or refused.
+ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "gather": lambda h: h + h.gather(0, torch.arange(len(h)).flip(0)[:, None].expand(-1, 5)),
+    "index_add": lambda h: h + torch.zeros_like(h).index_add(0, torch.zeros(len(h), dtype=torch.long), h),
+    "cdist": lambda h: h * torch.cdist(h, h).sum(1, keepdim=True),
+    "quantile": lambda h: h - h.quantile(0.5, 0),
+    "windows": lambda h: h + h.unfold(0, 1, 1)[..., 0],
+    "linalg norm": lambda h: h / torch.linalg.norm(h, 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_operation_without_a_rule_is_refused_or_bounded(name: str) -> None:
+    torch.manual_seed(3)
+    x, y = torch.randn(B, 5) * 10, torch.randint(0, 3, (B,))
+
+    def sums(indices: list[int]) -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        return released(world(Mixing(ALONE[name]), (x, y), indices=indices, noise_multiplier=0.0, max_grad_norm=0.5))
+
+    try:
+        everybody = sums(list(range(B)))
+    except sf.SfumatoError:
+        return
+    for gone in range(B):
+        assert distance(everybody, sums([i for i in range(B) if i != gone])) <= 0.5 * (1 + 1e-6)
 
 
 class OwnLoss(nn.Module):
@@ -182,7 +207,7 @@ def test_a_plain_loss_of_the_model_itself_works(reduction: str) -> None:
 class Remembers(nn.Module):
     """Keeps a statistic of the private records in a buffer after using it, as BatchNorm does."""
 
-    def __init__(self, remember: Callable[[Remembers, Tensor], None]):
+    def __init__(self, remember: Callable[[Remembers, Tensor], object]):
         super().__init__()
         self.encode, self.decode, self.remember = nn.Linear(5, 5), nn.Linear(5, 3), remember
         self.register_buffer("memory", torch.zeros(5))
@@ -203,20 +228,20 @@ def _assign_data(m: Remembers, h: Tensor) -> None:
     m.memory.data = 0.9 * m.memory + 0.1 * h.mean(0)
 
 
-BUFFERS: dict[str, Callable[[Remembers, Tensor], None]] = {
-    "in place": lambda m, h: m.memory.mul_(0.9).add_(h.mean(0)) and None,
-    "copy_": lambda m, h: m.memory.copy_(h.mean(0)) and None,
+BUFFERS: dict[str, Callable[[Remembers, Tensor], object]] = {
+    "in place": lambda m, h: m.memory.mul_(0.9).add_(h.mean(0)),
+    "copy_": lambda m, h: m.memory.copy_(h.mean(0)),
     "assigned": _assign,
     "assigned .data": _assign_data,
     "slice": lambda m, h: m.memory.__setitem__(slice(None), h.mean(0)),
-    "one record": lambda m, h: m.memory.copy_(h[0]) and None,
+    "one record": lambda m, h: m.memory.copy_(h[0]),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BUFFERS)
 def test_a_buffer_may_not_take_private_statistics(name: str) -> None:
-    model = Remembers(lambda m, h: BUFFERS[name](m, h) if bool(h.numel()) else None)
+    model = Remembers(BUFFERS[name])
     w = world(model, (torch.randn(B, 5), torch.randint(0, 3, (B,))), everybody=True, batch_size=B)
     with pytest.raises(sf.SfumatoError):
         released(w)

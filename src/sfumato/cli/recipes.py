@@ -34,9 +34,9 @@ GENERAL = Recipe(
 )  # fmt: skip
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "digits": Recipe(model="linear", epochs=30, batch_size=256, lr=2.0, max_grad_norm=1.0, averaging="last:0.5"),
+        "digits": Recipe(model="energy", epochs=28, batch_size=512, lr=0.2, max_grad_norm=1.0),
         "fashion-mnist": Recipe(
-            model="tramer_boneh", epochs=40, batch_size=2048, lr=4.0, max_grad_norm=0.1, averaging="ema:0.98"
+            model="scattering", epochs=37, batch_size=8192, lr=12.0, max_grad_norm=0.1, averaging="last:0.3"
         ),
     }
 )

@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--test-fraction", type=float, help="part of the records held out for testing (default 0.2; digits 360)")
     add("--image-size", type=int, help="resize images of a folder to this many pixels squared")
     add("--model", type=str,
-        help="linear, mlp, cnn, tramer_boneh, papernot, or package.module:factory(input_shape, classes)")
+        help="linear, mlp, cnn, tramer_boneh, papernot, scattering, energy, or package.module:factory")
     add("--epsilon", type=float, help="privacy budget; training ends before the step that would exceed it")
     add("--delta", type=float, default=DEFAULT_DELTA, help="delta of the guarantee (default 1e-5)")
     add("--noise-multiplier", type=float, help="noise over clipping norm; default: what --epsilon allows")

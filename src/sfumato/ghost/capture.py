@@ -27,13 +27,13 @@ _METADATA = set(
     "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
     "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
     "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
-    "retain_grad _version output_nr is_shared __len__ __bool__ __int__ __repr__ "
-    "__format__ __hash__ __index__ equal allclose is_same_size _is_view is_signed __contains__ "
+    "retain_grad _version output_nr is_shared __len__ __bool__ __repr__ "
+    "__format__ __hash__ equal allclose is_same_size _is_view is_signed __contains__ "
     "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
 )
 _SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
-_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__"}
+_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__"}
 _COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
@@ -50,10 +50,12 @@ class Capture(TorchFunctionMode):
         self.module = module
         self.batch_dim = batch_dim
         self.reduction = reduction  # of the loss; joins losses that a model computes itself on the lower tiers
+        self.judged: set[nn.Module] = set()  # modules on a lower tier that were seen to treat each record alone
         self.tiers: dict[str, str] = {}  # modules that run below the rule tier
         self.live = False  # a tape is wanted
         self.suspended = False  # inside a lower tier: operations run natively
         self.path: list[str] = []
+        self._constant: set[tuple[str, int]] = set()  # inputs known to carry no records
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
@@ -97,12 +99,14 @@ class Capture(TorchFunctionMode):
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._ids = {id(p): Param(n, p) for n, p in self.parameters.items()}
 
-    def admit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tag the records among a model's inputs; everything else is a constant."""
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
-        if any(self.tag(t) is not None for t in inputs):
+    def admit(self, door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tag the records among the inputs of the module ``door``; everything else is a constant."""
+        slots = list(enumerate(indexing.deep_tensors((args, kwargs))))
+        if any(self.tag(t) is not None for _, t in slots):
             return
-        dims = [t for t in inputs if t.dim() > self.batch_dim and self.target(t) is None]
+        # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
+        slots = [(i, t) for i, t in slots if (door, i) not in self._constant and self.target(t) is None]
+        dims = [t for _, t in slots if t.dim() > self.batch_dim]
         if self.tape.records is None:
             if self.expected is not None:
                 self.tape.records = self.expected
@@ -122,6 +126,9 @@ class Capture(TorchFunctionMode):
                 where=self.where(),
                 fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
             )
+        self._constant |= {
+            (door, i) for i, t in slots if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.records
+        }
         for tensor in carriers:
             self._refuse_transposed(tensor)
             self.set_tag(tensor, Rows(self.batch_dim))
@@ -131,7 +138,12 @@ class Capture(TorchFunctionMode):
         axis, records = self.batch_dim, self.records
         if records < 2 or x.numel() == 0:
             return
-        twins = [k for k in range(x.dim()) if k != axis and x.shape[k] == records and x.stride(k) > x.stride(axis) > 0]
+        # An activation that left the capture may come back with any of its axes first.
+        twins = [
+            k
+            for k in range(x.dim())
+            if k != axis and x.shape[k] == records and (x.stride(k) > x.stride(axis) > 0 or x.grad_fn is not None)
+        ]
         if twins:
             raise UnknownBatchAxis(
                 f"An input of shape {tuple(x.shape)} and strides {tuple(x.stride())} looks transposed: axis {axis} and "
@@ -200,12 +212,16 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         operands = list(indexing.tensors(args, kwargs))
         tagged = any(self.tag(t) is not None for t in operands)
+        base = clean(name)
+        if tagged and base in rules.SCREENS:
+            rules.SCREENS[base](self, *args, **kwargs)
         targets = [f for t in operands if (f := self.target(t)) is not None] if torch.is_grad_enabled() else []
         if not targets:
             return self._records_only(func, name, args, kwargs) if tagged else func(*args, **kwargs)
         if not tagged:
             return self._targets_only(func, name, args, kwargs, operands, targets)
-        base = clean(name)
+        if name.endswith("_") and not name.startswith("__") and base in rules.RULES:
+            raise NoRule(name, "in-place form")
         if base == "where" or (base not in rules.RULES and is_pointwise(base)):
             return rules.broadcast(self, name, func, args, kwargs)
         for t in operands:
@@ -217,9 +233,10 @@ class Capture(TorchFunctionMode):
 
     def _records_only(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
         base = clean(name)
-        if base in rules.SCREENS:
-            rules.SCREENS[base](self, *args, **kwargs)
-        if name in _ESCAPES and any(t.is_floating_point() for t in indexing.tensors(args)):
+        operands = list(indexing.tensors(args, kwargs))
+        if any(t.requires_grad and self.tag(t) is None for t in operands):
+            raise NoRule(base, "an operand carries gradients but no known record axis")
+        if name in _ESCAPES and any(t.is_floating_point() or isinstance(self.tag(t), Reduced) for t in operands):
             raise CoupledRecords(
                 f"{name}() takes a value of private records out of the graph, where it could reach other records "
                 "unseen.",
@@ -243,12 +260,20 @@ class Capture(TorchFunctionMode):
             self.set_tag(out, Unknown(name))
         else:
             for tensor, tag in propagate(name, self.tag, self.tape.records or 0, args, kwargs, out):
-                self.set_tag(tensor, tag)
+                self.set_tag(tensor, self._fitting(tensor, tag, base))
         if written is not None and (out is written or base in ("setitem", "set") or "out" in kwargs):
             after = self.tag(written)
             if not isinstance(after, Rows) or not isinstance(before, Rows) or not _same(before, after):
                 self._taint(written, after)
         return out
+
+    def _fitting(self, tensor: Tensor, tag: Tag, name: str) -> Tag:
+        """A tag whose rows do not fill its axis came from a rule that misread the call."""
+        if not isinstance(tag, Rows):
+            return tag
+        rows = tag.owner.numel() if tag.owner is not None else tag.outer * self.records * tag.inner
+        fits = 0 <= tag.axis < tensor.dim() and tensor.shape[tag.axis] == rows
+        return tag if fits else Unknown(name)
 
     def _taint(self, written: Tensor, after: Tag | None) -> None:
         """What else looks at this storage has changed without an operation of its own."""
@@ -266,7 +291,7 @@ class Capture(TorchFunctionMode):
         items = index if isinstance(index, tuple) else (index,)
         picks = [t for t in indexing.tensors(items) if self.tag(t) is not None]
         if own is not None and tag is None:
-            aligned = all(isinstance(own, Rows) and t.dim() > own.axis and _same(self.tag(t), own) for t in picks)
+            aligned = all(t.dtype == torch.bool and _same(self.tag(t), own) for t in picks)
             return own if aligned else Unknown("setitem")
         if picks:
             return Unknown("setitem")
@@ -294,7 +319,12 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         if any(t.requires_grad and self.target(t) is None for t in operands):
             raise NoRule(clean(name), "an operand carries gradients but no known record axis")
+        written = _written(name, args, kwargs)
+        if written is not None and self.target(written) is not None:
+            raise NoRule(name, "a write into a parameter or a tensor derived from one")
         out = func(*args, **kwargs)
+        if written is not None and clean(name) in ("setitem", "set"):
+            out = written
         source = targets[0] if len(targets) == 1 else None
         for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
@@ -362,8 +392,9 @@ class Capture(TorchFunctionMode):
     def check_output(self, out: Any) -> None:
         """What leaves the model with a gradient is per record, or a plain sum or mean of them; nothing stays behind."""
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.requires_grad and isinstance(tag := self.tag(tensor), Coupled):
-                self.refuse_mixed("the output", tag)
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                if isinstance(tag := self.tag(tensor), (Coupled, Unknown)):
+                    self.refuse_mixed("the output", tag)
         for name, buffer in self.module.named_buffers():
             if self.tag(buffer) is not None:
                 refuse_buffer(name)

@@ -5,6 +5,7 @@ not run for it. Every module is a door, because users call submodules and activa
 Copies and pickles of a module hold its plain forward.
 """
 
+import copy
 import sys
 import types
 from typing import Any
@@ -15,7 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from sfumato.errors import SfumatoError, UnsupportedError
 from sfumato.ghost.capture import Capture
-from sfumato.ghost.fallback import TIERS
+from sfumato.ghost.fallback import TIERS, judge
 from sfumato.ghost.rules import NoRule
 
 
@@ -37,10 +38,8 @@ class _Forward:
             _refuse_reentrant_checkpoint(self.name)
         c.refresh()
         with c:
-            c.admit(args, kwargs)
-            out = self._run(args, kwargs, outermost=True)
-            c.check_output(out)
-        return out
+            c.admit(self.name, args, kwargs)
+            return self._run(args, kwargs, outermost=True)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], outermost: bool = False) -> Any:
         c = self.capture
@@ -50,9 +49,13 @@ class _Forward:
             while True:
                 try:
                     if tier == "rule":
-                        return self.__wrapped__(*args, **kwargs)
-                    out = TIERS[tier](c, self.module, args, kwargs)
-                    c.tiers[self.name] = tier
+                        out = self.__wrapped__(*args, **kwargs)
+                    else:
+                        judge(c, self.module, self.__wrapped__, tier, args, kwargs)
+                        out = TIERS[tier](c, self.module, args, kwargs)
+                        c.tiers[self.name] = tier
+                    if outermost:
+                        c.check_output(out)
                     return out
                 except NoRule as reason:
                     tier = self._lower(tier, reason, outermost)
@@ -62,9 +65,9 @@ class _Forward:
                     # A lower tier runs other code than the user wrote; what fails there is a reason to go on down.
                     if tier == "rule":
                         raise
-                    reason = NoRule(tier, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-                    reason.__cause__ = error
-                    tier = self._lower(tier, reason, outermost)
+                    failed = NoRule(tier, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+                    failed.__cause__ = error
+                    tier = self._lower(tier, failed, outermost)
         finally:
             c.path.pop()
 
@@ -81,6 +84,8 @@ class _Forward:
         ) from reason
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
         owner = memo.get(id(self.module), self.module)
         return types.MethodType(type(owner).forward, owner)
 

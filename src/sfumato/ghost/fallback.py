@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sfumato.errors import CoupledRecords, UnsupportedError
+from sfumato.ghost import indexing
 from sfumato.ghost.capture import Capture, refuse_buffer
-from sfumato.ghost.rows import Rows
+from sfumato.ghost.rows import Reduced, Rows
 from sfumato.ghost.rules import NoRule
 
 
@@ -65,10 +66,99 @@ def _copies(c: Capture, module: nn.Module) -> dict[str, Tensor]:
     return {n: c.spread(p) for n, p in module.named_parameters() if c.target(p) is not None}
 
 
+def _joined_loss(c: Capture, values: Tensor) -> Tensor:
+    """A loss that the module computed itself, one for each record."""
+    out = values.mean() if c.reduction == "mean" else values.sum()
+    c.set_tag(out, Reduced("a loss inside the module"))
+    return out
+
+
+def _refuse_hidden(c: Capture, flat: list[Any]) -> None:
+    """Records inside an object that is not a plain container cannot be handed out one at a time."""
+    for value in flat:
+        if not isinstance(value, Tensor) and any(c.tag(t) is not None for t in indexing.deep_tensors((value,))):
+            raise UnsupportedError(
+                f"Records are inside a {type(value).__name__}, which cannot be split into records.",
+                found=type(value).__name__,
+                where=c.where(),
+                fix="pass the tensors themselves, in a tuple, list or dict.",
+            )
+
+
+def judge(
+    c: Capture,
+    module: nn.Module,
+    native: Callable[..., Any],
+    tier: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Once for each module on a lower tier: seeing one record at a time must not change what it computes.
+
+    Otherwise its forward mixes records (``h - h[0]`` would become zero). Compared in eval mode, without gradients; a
+    module that is random even then cannot be judged so, and is left to the rest of the checks.
+    """
+    if module in c.judged or c.records < 2:
+        return
+    training = [m for m in module.modules() if m.training]
+    devices = sorted({t.device.index or 0 for t in module.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices), torch.no_grad(), _suspended(c, module):
+        for m in training:
+            m.training = False
+        try:
+            once, twice = (_plain(native(*tree_map(_copy, args), **tree_map(_copy, kwargs))) for _ in range(2))
+            split = _plain(TIERS[tier](c, module, tree_map(_copy_tagged(c), args), tree_map(_copy_tagged(c), kwargs)))
+        finally:
+            for m in training:
+                m.training = True
+    if len(once) == len(split) and all(a.shape == b.shape for a, b in zip(once, split, strict=True)):
+        if any(not torch.allclose(a, b, equal_nan=True) for a, b in zip(once, twice, strict=True)):
+            return
+        wide = torch.finfo(torch.float64).eps ** 0.5
+        tolerance = {torch.float64: wide, torch.float32: 1e-3}
+        same = all(
+            torch.allclose(
+                a, b, rtol=(r := tolerance.get(a.dtype, 5e-2)), atol=r * float(a.abs().max()), equal_nan=True
+            )
+            for a, b in zip(once, split, strict=True)
+            if a.numel()
+        )
+        if same:
+            c.judged.add(module)
+            return
+    raise CoupledRecords(
+        f"{type(module).__name__} computes something else for a record alone than within its batch, so its records are "
+        "mixed and one record's influence cannot be bounded.",
+        where=c.where(),
+        fix="make the forward treat each record on its own; sf.record on small pieces of it shows which does not.",
+    )
+
+
+def _plain(out: Any) -> list[Tensor]:
+    return [t.detach() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _copy_tagged(c: Capture) -> Callable[[Any], Any]:
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor) or c.target(value) is not None:
+            return value
+        new, tag = value.detach().clone(), c.tag(value)
+        if tag is not None:
+            c.set_tag(new, tag)
+        return new
+
+    return copy
+
+
 def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module for every record at once under vmap, each with its own copy of the parameters."""
     refuse_batch_statistics(module, c.where())
     flat, spec = tree_flatten((args, kwargs))
+    _refuse_hidden(c, flat)
     axes: list[int | None] = []
     for i, value in enumerate(flat):
         tag = c.tag(value)
@@ -109,7 +199,7 @@ def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         if value.dim() > axis + 1 and value.shape[axis + 1] == 1:
             value = value.movedim(0, axis).squeeze(axis + 1)
         elif value.dim() == 1:
-            return value.mean() if c.reduction == "mean" else value.sum()
+            return _joined_loss(c, value)
         else:
             raise NoRule("vmap", "an output of the module has no batch axis")
         c.set_tag(value, Rows(axis))
@@ -122,6 +212,7 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
     """The module one record at a time: slowest, and exact for anything that runs on a batch of one."""
     refuse_batch_statistics(module, c.where())
     flat, spec = tree_flatten((args, kwargs))
+    _refuse_hidden(c, flat)
     tags = [c.tag(v) for v in flat]
     if any(t is not None and not (isinstance(t, Rows) and t.plain) for t in tags):
         raise NoRule("microbatch", "an input has no plain record axis")
@@ -141,8 +232,7 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
         if not isinstance(values[0], Tensor):
             return values[0]
         if values[0].dim() == 0:
-            stacked = torch.stack(values)
-            return stacked.mean() if c.reduction == "mean" else stacked.sum()
+            return _joined_loss(c, torch.stack(values))
         axis = next(t.axis for t in tags if isinstance(t, Rows))
         joined = torch.cat(values, axis)
         c.set_tag(joined, Rows(axis))

@@ -1,6 +1,6 @@
 """Reading the arguments of torch calls: tensors among them, dims, permutations, einsum letters, index expressions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,24 @@ def tensors(args: Any, kwargs: dict[str, Any] | None = None) -> Iterator[Tensor]
             yield from tensors(value)
     if kwargs:
         yield from tensors(tuple(kwargs.values()))
+
+
+def deep_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors with a batch axis anywhere in the arguments of a model: containers, mappings, plain objects."""
+    if isinstance(value, Tensor):
+        if value.dim() > 0:
+            yield value
+    elif depth and isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from deep_tensors(item, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from deep_tensors(item, depth - 1)
+    elif (
+        depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value)
+    ):
+        for item in vars(value).values():
+            yield from deep_tensors(item, depth - 1)
 
 
 def dims_of(rest: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> tuple[int, ...] | None:
@@ -56,14 +74,12 @@ def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str, list[Tensor]]
     return inputs, output, operands
 
 
-def _is_advanced(item: object) -> bool:
-    return isinstance(item, (Tensor, list, bool))
-
-
 def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tensor, index: Any, out: Any) -> Tag | None:
     """The record axis of x[index]."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(i, (bool, list)) for i in items):
+    if any(
+        isinstance(i, bool) or not (i is None or i is Ellipsis or isinstance(i, (slice, int, Tensor))) for i in items
+    ):
         return Unknown("getitem")
     used = sum(
         i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
@@ -131,16 +147,27 @@ def _advanced(
         return rows.at(rows.axis - span + width) if all(tag_of(p) is None for p in picks) else Coupled("getitem")
     owner = owners(rows, records, x.device)
     if mask:
+        place = tag_of(picks[0])
+        aligned = isinstance(place, Rows) and place.axis == rows.axis - first and place.same_owners(rows)
+        if place is not None and not aligned and records != 1:
+            return Coupled("getitem")
         return from_owner(first, owner[picks[0].nonzero()[:, rows.axis - first]], records)
     pick = picks[rows.axis - first]
-    chosen = owner[pick]
-    if width == 1:
-        return from_owner(first, chosen, records)
+    if tag_of(pick) is not None and records != 1:
+        return Coupled("getitem")  # a record chose whose row it reads
     # Each position of the broadcast index is one row; its owner must vary along a single axis.
     shape = torch.broadcast_shapes(*[p.shape for p in picks])
-    full = chosen.expand(shape)
+    full = owner[pick].expand(shape)
     for k in range(len(shape)):
         vector = full.movedim(k, 0).reshape(shape[k], -1)
         if bool((vector == vector[:, :1]).all()):
-            return from_owner(first + k, vector[:, 0].contiguous(), records)
+            found = vector[:, 0].contiguous() if vector.shape[1] else vector.new_zeros(shape[k])
+            for p in picks:
+                t = tag_of(p)
+                if t is None or records == 1:
+                    continue
+                same = isinstance(t, Rows) and t.axis + len(shape) - p.dim() == k
+                if not same or not torch.equal(owners(t, records, x.device), found):  # type: ignore[arg-type]
+                    return Coupled("getitem")
+            return from_owner(first + k, found, records)
     return Coupled("getitem")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sfumato.terms import Dense, Outer, Term
+from sfumato.terms import Dense, Outer, Term, materialize
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -45,6 +45,8 @@ def settle(target: Target, term: Term) -> tuple[Target, Term]:
     """Move a term of a transposed or reshaped parameter onto the parameter itself."""
     while isinstance(target, Derived) and target.base is not None and (target.swapped or target.reshaped):
         base = target.base
+        if isinstance(term, Outer) and target.swapped and term.factors != tuple(shape_of(target)):
+            term = Dense(materialize(term))  # the factors belong to a reshape of the transpose
         match term:
             case Outer(left, right) if target.swapped:
                 term = Outer(right, left, shape_of(base))

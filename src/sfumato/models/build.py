@@ -15,13 +15,23 @@ from torch import nn
 from ..errors import ConfigurationError
 from .cnn import cnn
 from .dense import linear, mlp
+from .energy import energy
+from .scattering import scattering
 from .tanh_cnn import papernot, tramer_boneh
 
 Shape = tuple[int, ...]
 Factory = Callable[[Shape, int], nn.Module]
 
 BUILT_IN: Mapping[str, Factory] = MappingProxyType(
-    {"linear": linear, "mlp": mlp, "cnn": cnn, "tramer_boneh": tramer_boneh, "papernot": papernot}
+    {
+        "linear": linear,
+        "mlp": mlp,
+        "cnn": cnn,
+        "tramer_boneh": tramer_boneh,
+        "papernot": papernot,
+        "scattering": scattering,
+        "energy": energy,
+    }
 )
 
 

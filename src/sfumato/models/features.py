@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import CoupledRecords
 
-CHUNK = 500
+CHUNK = 50  # small: a scattering network makes 81 maps of every image
 
 
 class Features(nn.Module):

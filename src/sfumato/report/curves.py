@@ -144,15 +144,15 @@ def _attack(facts: RunFacts) -> Curve | None:
 
 
 def _smoothed(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str | None) -> None:
-    """Raw values faint, their exponential average on top; thinned for long runs."""
-    stride = max(1, len(points) // MAX_POINTS)
-    keep = 0.5 ** (1.0 / max(1.0, len(points) / 40))
-    average, smooth = points[0][1], []
-    for _, value in points:
-        average = keep * average + (1.0 - keep) * value
-        smooth.append(average)
+    """Raw values faint, a centred moving average on top; thinned for long runs."""
+    stride, reach = max(1, len(points) // MAX_POINTS), len(points) // 60
+    values = [value for _, value in points]
+    smooth = []
+    for i in range(len(values)):
+        width = min(reach, i, len(values) - 1 - i)  # narrower at the ends, so that they are not pulled inwards
+        smooth.append(sum(values[i - width : i + width + 1]) / (2 * width + 1))
     steps = [step for step, _ in points][::stride]
-    axes.plot(steps, [value for _, value in points][::stride], color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, values[::stride], color=color, linewidth=0.8, alpha=0.3)
     axes.plot(steps, smooth[::stride], color=color, linewidth=1.8, label=label)
 
 

@@ -164,6 +164,13 @@ class Session:
         self._facts.clipped += int((weights < 1).sum())
         self._facts.empty = False
         for name, total in clipped(bundle, weights * scale, sq.isfinite()).items():
+            if name in self._sums and self._sums[name].shape != total.shape:
+                self._discard()
+                raise PrivacyError(
+                    f"{name} changed its shape to {tuple(total.shape)} between two microbatches of one logical batch.",
+                    where=name,
+                    fix="change the model between logical batches only.",
+                )
             self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def _release(self) -> None:
@@ -173,10 +180,9 @@ class Session:
         self.ledger.append(plan.event if pays else plan.covered, run=self.run, step=self.steps)
         self._epoch_paid = True
         loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+        noise = self._noise()
         for name, p in self.capture.parameters.items():
-            dtype = wide_dtype([p])
-            noise = self.source.normal(tuple(p.shape), std=plan.noise_std, dtype=dtype, device=p.device)
-            total = self._sums[name].to(dtype) + noise if name in self._sums else noise
+            total = self._sums[name].to(noise[name].dtype) + noise[name] if name in self._sums else noise[name]
             grad = (total * (loss_scale / plan.expected_batch_size)).to(p.dtype)
             before = self._carried.get(name)
             if p.grad is not None:
@@ -187,6 +193,19 @@ class Session:
         self._facts = StepFacts()
         self._sums.clear()
         self._carried.clear()
+
+    def _noise(self) -> dict[str, Tensor]:
+        """N(0, (σC)²) for every trainable parameter: one draw a dtype and device, cut to their shapes."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        parameters = self.capture.parameters
+        for name, p in parameters.items():
+            kinds.setdefault((wide_dtype([p]), p.device), []).append(name)
+        out: dict[str, Tensor] = {}
+        for (dtype, device), names in kinds.items():
+            sizes = [parameters[n].numel() for n in names]
+            flat = self.source.normal((sum(sizes),), std=self.plan.noise_std, dtype=dtype, device=device)
+            out |= {n: piece.view_as(parameters[n]) for n, piece in zip(names, flat.split(sizes), strict=True)}
+        return out
 
     # -- violations -------------------------------------------------------------------------------------------------
 

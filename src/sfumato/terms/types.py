@@ -18,6 +18,11 @@ class Outer:
     right: Tensor  # (B, T, d)
     shape: torch.Size  # of the parameter; numel = p·d
 
+    @property
+    def factors(self) -> tuple[int, int]:
+        """(p, d)"""
+        return self.left.shape[2], self.right.shape[2]
+
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:

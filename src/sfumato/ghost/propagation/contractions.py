@@ -42,14 +42,10 @@ def einsum(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     if parsed is None:
         return Unknown(name)
     inputs, output, operands = parsed
-    letters: dict[str, Rows] = {}
-    for spec, x in zip(inputs, operands, strict=True):
-        rows = tag_of(x)
-        if isinstance(rows, Rows):
-            letters[spec[rows.axis]] = rows
-    if len(letters) != 1 and records != 1:
+    found = [(spec[r.axis], r) for spec, x in zip(inputs, operands, strict=True) if isinstance(r := tag_of(x), Rows)]
+    letter, rows = found[0]
+    if records != 1 and any(other != letter or not r.same_owners(rows) for other, r in found):
         return Coupled(name)
-    letter, rows = next(iter(letters.items()))
     return rows.at(output.index(letter)) if letter in output else Reduced(name)
 
 
@@ -63,7 +59,7 @@ def frozen_linear(name: str, tag_of: Lookup, records: int, args: Args, kwargs: K
 
 
 def attention(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
-    operands = [*args[:4], kwargs.get("attn_mask")]
+    operands = [*args[:4], *(kwargs.get(k) for k in ("query", "key", "value", "attn_mask"))]
     tags = [(t, tag) for t in operands if isinstance(t, Tensor) and (tag := tag_of(t)) is not None]
     found = pointwise(name, [(t, tag) for t, tag in tags], records, out)
     return found if isinstance(found, Rows) and found.axis < out.dim() - 2 else Coupled(name)
@@ -82,4 +78,8 @@ def embedding(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwarg
     """Rows of a constant table; also one_hot."""
     index = args[0] if args else kwargs["input"]
     rows = tag_of(index)
+    if len(list(indexing.tensors(args, kwargs))) > 1 and any(
+        tag_of(t) for t in indexing.tensors(args[1:], kwargs) if t is not index
+    ):
+        return Coupled(name)  # the table itself holds records
     return rows if isinstance(rows, Rows) else Unknown(name)

@@ -59,6 +59,16 @@ def along(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, o
     dims = indexing.dims_of(rest, kwargs, x.dim())
     if dims is None and default is not None:
         dims = (default % x.dim(),)
+    if name == "renorm":  # norms over every dim but this one
+        return rows if dims == (rows.axis,) else Coupled(name)
+    if name == "cosine_similarity":
+        pair = [(t, tag) for t in args[:2] if (tag := tag_of(t)) is not None]
+        joined = pointwise(
+            name, pair, records, torch.empty(torch.broadcast_shapes(*[t.shape for t in args[:2]]), device="meta")
+        )
+        if not isinstance(joined, Rows):
+            return joined
+        rows = joined
     if dims is None or rows.axis in dims:
         return Coupled(name)
     return rows.at(rows.axis - (dims[0] < rows.axis)) if name == "cosine_similarity" else rows
@@ -66,21 +76,33 @@ def along(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, o
 
 def loss(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     """A mean over a number of terms that the data decide (class weights, ignored targets) couples records."""
-    x = args[0]
-    rows = tag_of(x)
-    if not isinstance(rows, Rows):
-        return Unknown(name)
-    if out.dim() == 0 and kwargs.get("reduction", "mean") != "none":
-        if name in ("cross_entropy", "nll_loss") and kwargs.get("reduction", "mean") == "mean":
-            target = args[1] if len(args) > 1 else kwargs["target"]
-            weight = args[2] if len(args) > 2 else kwargs.get("weight")
-            ignored = kwargs.get("ignore_index", -100)
-            if weight is not None or (not target.is_floating_point() and bool((target == ignored).any())):
-                return Coupled(name)
+    operands = [t for t in (*args[:2], kwargs.get("input"), kwargs.get("target")) if isinstance(t, Tensor)]
+    weight = args[2] if len(args) > 2 and isinstance(args[2], Tensor) else kwargs.get("weight")
+    rows = tag_of(operands[0])
+    if name in ("cross_entropy", "nll_loss") and isinstance(rows, Rows):
+        if rows.axis == 1:
+            return Coupled(name)  # a softmax over the records
+        target = operands[1]
+        if not target.is_floating_point():
+            rows = rows if rows.axis == 0 else rows.at(rows.axis - 1)
+            label = tag_of(target)
+            if label is not None and not (
+                isinstance(label, Rows) and label.axis == rows.axis and label.same_owners(rows)
+            ):
+                return Coupled(name) if records != 1 else rows
+    else:
+        tags = [(t, tag) for t in operands if (tag := tag_of(t)) is not None]
+        rows = pointwise(
+            name, tags, records, torch.empty(torch.broadcast_shapes(*[t.shape for t in operands]), device="meta")
+        )
+    if not isinstance(rows, Rows) or out.dim() > 0:
+        return rows if rows is not None else Unknown(name)
+    if kwargs.get("reduction", "mean") == "sum":
         return Reduced(name)
-    if name in ("cross_entropy", "nll_loss"):
-        return rows if rows.axis == 0 else rows.at(rows.axis - 1)
-    return pointwise(name, [(t, tag) for t in args[:2] if (tag := tag_of(t)) is not None], records, out)
+    ignored = name in ("cross_entropy", "nll_loss") and not operands[1].is_floating_point()
+    counted = ignored and bool((operands[1] == kwargs.get("ignore_index", -100)).any())
+    divides = isinstance(weight, Tensor) and name not in ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+    return Coupled(name) if counted or divides or rows.owner is not None else Reduced(name)
 
 
 def norm_layer(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:

@@ -137,8 +137,10 @@ def gather(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     if name == "index_select":
         if not isinstance(rows, Rows):
             return picks.at(dim) if isinstance(picks, Rows) else Unknown(name)
+        if picks is not None:
+            return Coupled(name)  # a record chooses what others' rows are read
         if dim != rows.axis:
-            return rows if picks is None else Coupled(name)
+            return rows
         return from_owner(dim, owners(rows, records, x.device)[index], records)
     if isinstance(rows, Rows) and dim != rows.axis:
         if isinstance(picks, Rows) and (picks.axis != rows.axis or not picks.same_owners(rows)) and records != 1:

@@ -41,5 +41,11 @@ def broadcast(c: "Capture", name: str, func: Callable[..., Any], args: tuple[Any
 @rule("prelu")
 def prelu(c: "Capture", input: Tensor, weight: Tensor) -> Tensor:
     shaped = weight if weight.numel() == 1 else c.derive("reshape", weight, (-1, *[1] * (input.dim() - 2)))
-    negative = c.call(torch.mul, c.call(torch.clamp_max, input, 0), shaped)
-    return c.call(torch.add, c.call(torch.clamp_min, input, 0), negative)
+    out: Tensor = c.call(torch.where, c.call(torch.gt, input, 0), input, c.call(torch.mul, input, shaped))
+    return out
+
+
+@rule("masked_fill")
+def masked_fill(c: "Capture", input: Tensor, mask: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = c.call(torch.where, mask, value, input)
+    return out

@@ -86,8 +86,9 @@ def einsum(c: "Capture", *args: Any) -> Tensor:
     if parsed is None:
         raise NoRule("einsum", "ellipsis or sublist form")
     inputs, output, operands = parsed
-    tagged = {spec[r.axis]: r for spec, x in zip(inputs, operands, strict=True) if isinstance(r := c.tag(x), Rows)}
-    if len(tagged) != 1:
+    found = [(spec[r.axis], r) for spec, x in zip(inputs, operands, strict=True) if isinstance(r := c.tag(x), Rows)]
+    tagged = dict(found)
+    if len(tagged) != 1 or any(not r.same_owners(found[0][1]) for _, r in found):
         raise NoRule("einsum", "records on no axis or on two")
     letter, rows = next(iter(tagged.items()))
     if letter not in output:

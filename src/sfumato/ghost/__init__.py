@@ -1,7 +1,7 @@
 """Per-sample gradients of any model, in one backward: capture, rules, tape, fallback ladder."""
 
-from sfumato.ghost.capture import Capture
-from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
+from sfumato.ghost.capture import Capture, storages
+from sfumato.ghost.clip import Norms, clipped, total_norms, wide_dtype
 from sfumato.ghost.entry import install, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
 from sfumato.ghost.guard import Guard
@@ -13,6 +13,7 @@ __all__ = [
     "Bundle",
     "Capture",
     "Guard",
+    "Norms",
     "Tape",
     "clipped",
     "collect",
@@ -20,6 +21,7 @@ __all__ = [
     "record",
     "refuse_batch_statistics",
     "remove",
-    "total_sq_norms",
+    "storages",
+    "total_norms",
     "wide_dtype",
 ]

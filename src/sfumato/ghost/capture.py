@@ -56,6 +56,7 @@ class Capture(TorchFunctionMode):
         self.suspended = False  # inside a lower tier: operations run natively
         self.path: list[str] = []
         self._constant: set[tuple[str, int]] = set()  # inputs known to carry no records
+        self.loaded: set[int] = set()  # storages of the batch that the private loader yielded
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
@@ -129,6 +130,9 @@ class Capture(TorchFunctionMode):
         self._constant |= {
             (door, i) for i, t in slots if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.records
         }
+        for _, tensor in slots:
+            if _storage(tensor) in self.loaded and not any(tensor is t for t in carriers):
+                self.set_tag(tensor, Unknown("an input with other rows than records"))
         for tensor in carriers:
             self._refuse_transposed(tensor)
             self.set_tag(tensor, Rows(self.batch_dim))
@@ -202,6 +206,8 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.suspended or self._tape is None:
+            if self.suspended and (screen := rules.SCREENS.get(clean(_name(func)))) is not None:
+                screen(self, *args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
         return self.call(func, *args, **(kwargs or {}))
 
@@ -328,7 +334,13 @@ class Capture(TorchFunctionMode):
         source = targets[0] if len(targets) == 1 else None
         for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
-                self._derived[id(tensor)] = _derived(tensor, clean(name), targets, source)
+                derived = _derived(tensor, clean(name), targets, source)
+                plain = (
+                    (clean(name) == "embedding" and len(args) + len(kwargs) == 2) or (len(args) > 2 and args[2] is None)
+                )
+                if plain and isinstance(source, Param) and clean(name) == "embedding":
+                    derived = Derived(tensor, derived.names, source, index=args[0])
+                self._derived[id(tensor)] = derived
         return out
 
     def derive(self, name: str, value: Tensor, *args: Any) -> Tensor:
@@ -392,9 +404,9 @@ class Capture(TorchFunctionMode):
     def check_output(self, out: Any) -> None:
         """What leaves the model with a gradient is per record, or a plain sum or mean of them; nothing stays behind."""
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                if isinstance(tag := self.tag(tensor), (Coupled, Unknown)):
-                    self.refuse_mixed("the output", tag)
+            tag = self.tag(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else None
+            if isinstance(tag, (Coupled, Unknown)):
+                self.refuse_mixed("the output", tag)
         for name, buffer in self.module.named_buffers():
             if self.tag(buffer) is not None:
                 refuse_buffer(name)
@@ -414,6 +426,11 @@ def refuse_buffer(name: str) -> NoReturn:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else -id(tensor)
+
+
+def storages(batch: object) -> set[int]:
+    """Storages of all tensors in a batch."""
+    return {_storage(t) for t in indexing.deep_tensors(batch)}
 
 
 def _same(a: Tag | None, b: Tag | None) -> bool:

@@ -1,12 +1,14 @@
 """From a bundle of terms to norms over all parameters and to clipped sums: used by the step and by ``record``."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sfumato.clipping import flat_weights
 from sfumato.ghost.pullback import Bundle
-from sfumato.terms import Dense, Grams, keep, select, sq_norms, weighted_sum
+from sfumato.terms import Dense, Grams, device, double, keep, materialize, measured, select, weighted_sum
 
 # Elements of per-sample gradients that may be kept instead of computed twice (1 GiB of float32 at most in all).
 KEEP_ELEMENTS = 1 << 27
@@ -17,30 +19,60 @@ def wide_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if all(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 
-def total_sq_norms(bundle: Bundle, records: int) -> Tensor:
-    """Squared norm of each record's whole gradient (B,), float64. May materialise terms of the bundle in place."""
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Squared norms of whole per-sample gradients (B,), float64, and the records computed apart in float64."""
+
+    sq: Tensor
+    apart: Tensor  # (B,) bool: shared float32 sums would round by more than the clip bound allows
+
+
+@torch.no_grad()
+def total_norms(bundle: Bundle, records: int) -> Norms:
+    """Norms over all parameters. May materialise terms of the bundle in place."""
     grams: Grams = {}
     budget = KEEP_ELEMENTS
-    total: Tensor | None = None
+    sq = torch.zeros(records, dtype=torch.float64)
+    apart = torch.zeros(records, dtype=torch.bool)
     for name, terms in bundle.items():
         kept = [keep(t, budget) for t in terms]
         budget -= sum(k.value.numel() for k, t in zip(kept, terms, strict=True) if isinstance(k, Dense) and k is not t)
         bundle[name] = kept
-        sq = sq_norms(kept, grams)
-        total = sq if total is None else total + sq.to(total.device)
-    return torch.zeros(records, dtype=torch.float64) if total is None else total
+        part, floor = measured(kept, grams)
+        sq, apart = sq.to(part.device) + part, apart.to(part.device) | (part < floor) | (floor == float("inf"))
+    for b in apart.nonzero().flatten().tolist():
+        sq[b] = sum(g.square().sum() for g in _alone(bundle, b).values())
+    return Norms(sq, apart & sq.isfinite())
 
 
-def clipped(bundle: Bundle, weights: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    """{name: Σ_b weights[b]·G_b}. Records that are not ``finite`` are left out: 0·inf would be NaN."""
-    everything = bool(finite.all())
+def _alone(bundle: Bundle, record: int) -> dict[str, Tensor]:
+    """One record's whole gradient in float64: what is measured is then exactly what is summed."""
+    one = torch.tensor([record])
+    out = {}
+    for name, terms in bundle.items():
+        parts = [materialize(double(select(t, one.to(device(t)))))[0] for t in terms]
+        out[name] = torch.stack(parts).sum(0)
+    return out
+
+
+@torch.no_grad()
+def clipped(
+    bundle: Bundle, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """({name: Σ_b w_b·scale·G_b}, w): w_b·scale·‖G_b‖ <= max_grad_norm, gradients being ``scale`` times the terms'.
+
+    Records of weight 0 are left out, not multiplied by zero: 0·inf is NaN.
+    """
+    weights = flat_weights(norms.sq * scale**2, max_grad_norm, dtype)
+    together = (weights > 0) & ~norms.apart
+    everything = bool(together.all())
+    factors = (weights if everything else weights[together]) * scale
     out: dict[str, Tensor] = {}
     for name, terms in bundle.items():
-        parts = []
-        for term in terms:
-            if everything:
-                parts.append(weighted_sum(term, weights))
-            else:
-                parts.append(weighted_sum(select(term, finite), weights[finite]))
+        chosen = terms if everything else [select(t, together.to(device(t))) for t in terms]
+        parts = [weighted_sum(t, factors.to(device(t))) for t in chosen]
         out[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    return out
+    for b in (norms.apart & (weights > 0)).nonzero().flatten().tolist():
+        for name, gradient in _alone(bundle, b).items():
+            out[name] = out[name] + (gradient * (weights[b] * scale)).to(out[name].dtype)
+    return out, weights

@@ -1,7 +1,8 @@
 """Autograd Functions that compute no weight gradient and leave a term on the tape instead.
 
 Each takes detached parameters, the tape's anchor (so that its backward runs before the tape completes) and
-static facts in a frozen record. Tensors go through ``save_for_backward`` so that activation checkpointing works.
+static facts in a frozen record. Tensors go through ``save_for_backward`` so that activation checkpointing works; the
+anchor goes first, so that a recomputation outside the capture never passes for this one.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from sfumato.ghost.rows import Rows, by_record, owners
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import Derived, Target, settle, shape_of
-from sfumato.terms import Conv, ConvSpec, Dense, Outer, Scatter
+from sfumato.terms import Conv, ConvSpec, Dense, Outer, Scatter, Term, compact
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class Use:
     weight: Target | None = None
     bias: Target | None = None
 
-    def leave(self, target: Target | None, make: "Any") -> None:
+    def leave(self, target: Target | None, term: Term) -> None:
         if target is not None:
-            self.tape.add(*settle(target, make))
+            self.tape.add(*settle(target, compact(term)))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -44,13 +45,13 @@ class LinearFn(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, use: Use) -> Tensor:
         ctx.use = use
-        ctx.save_for_backward(x if use.weight is not None else None, weight)
+        ctx.save_for_backward(anchor, x if use.weight is not None else None, weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
-        x, weight = ctx.saved_tensors
+        _, x, weight = ctx.saved_tensors
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         g = _wide(by_record(grad, use.rows, use.records, 1))
         if use.weight is not None:
@@ -68,7 +69,7 @@ class ConvFn(Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, spec: ConvSpec, use: Use
     ) -> Tensor:
         ctx.use, ctx.spec = use, spec
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(anchor, x, weight)
         return torch.convolution(
             x,
             weight,
@@ -85,7 +86,7 @@ class ConvFn(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         spec: ConvSpec = ctx.spec
-        x, weight = ctx.saved_tensors
+        _, x, weight = ctx.saved_tensors
         image = grad.dim() - 1
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -117,13 +118,13 @@ class EmbeddingFn(Function):
     @staticmethod
     def forward(ctx: Any, index: Tensor, weight: Tensor, anchor: Tensor, padding_idx: int | None, use: Use) -> Tensor:
         ctx.use, ctx.padding_idx = use, padding_idx
-        ctx.save_for_backward(index)
+        ctx.save_for_backward(anchor, index)
         return F.embedding(index, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
-        (index,) = ctx.saved_tensors
+        _, index = ctx.saved_tensors
         g = _wide(by_record(grad, use.rows, use.records, 1))
         ids = by_record(index.unsqueeze(-1), use.rows, use.records, 1)[..., 0]
         if ctx.padding_idx is not None:

@@ -162,12 +162,22 @@ def _advanced(
         vector = full.movedim(k, 0).reshape(shape[k], -1)
         if bool((vector == vector[:, :1]).all()):
             found = vector[:, 0].contiguous() if vector.shape[1] else vector.new_zeros(shape[k])
-            for p in picks:
-                t = tag_of(p)
-                if t is None or records == 1:
-                    continue
-                same = isinstance(t, Rows) and t.axis + len(shape) - p.dim() == k
-                if not same or not torch.equal(owners(t, records, x.device), found):  # type: ignore[arg-type]
-                    return Coupled("getitem")
+            if records != 1 and not _agree(tag_of, records, picks, len(shape), k, found):
+                return Coupled("getitem")
             return from_owner(first + k, found, records)
     return Coupled("getitem")
+
+
+def _agree(
+    tag_of: Callable[[object], Tag | None], records: int, picks: list[Tensor], ndim: int, axis: int, owner: Tensor
+) -> bool:
+    """Index tensors that carry records must belong to the records whose rows they pick."""
+    for p in picks:
+        tag = tag_of(p)
+        if tag is None:
+            continue
+        if not isinstance(tag, Rows) or tag.axis + ndim - p.dim() != axis:
+            return False
+        if not torch.equal(owners(tag, records, owner.device), owner):
+            return False
+    return True

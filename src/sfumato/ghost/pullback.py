@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import Derived, Param, Target, settle, shape_of
-from sfumato.terms import Dense, Term, materialize, merge
+from sfumato.terms import Dense, Scatter, Term, materialize, merge
 
 _CHUNK_ELEMENTS = 1 << 25
 
@@ -20,7 +20,7 @@ def collect(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
         terms.extend(_from_rows(derived, axis, grad, owner, records))
     by_name: dict[str, list[Term]] = {}
     by_derived: dict[Derived, list[Term]] = {}
-    for target, term in (settle(*pair) for pair in terms):
+    for target, term in (_looked_up(*settle(*pair)) for pair in terms):
         if isinstance(target, Param):
             by_name.setdefault(target.name, []).append(term)
         else:
@@ -31,6 +31,15 @@ def collect(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
             for name, grad in _pull(derived, dense, parameters).items():
                 by_name.setdefault(name, []).append(Dense(grad))
     return {name: merge(found) for name, found in by_name.items()}
+
+
+def _looked_up(target: Target, term: Term) -> tuple[Target, Term]:
+    """A dense gradient of base[index] is a scatter into the base (position embeddings)."""
+    if isinstance(target, Derived) and target.index is not None and target.base is not None and isinstance(term, Dense):
+        records, width = term.value.shape[0], term.value.shape[-1]
+        index = target.index.reshape(1, -1).expand(records, -1)
+        return target.base, Scatter(term.value.reshape(records, -1, width), index, shape_of(target.base))
+    return target, term
 
 
 def _pull(derived: Derived, grads: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,6 +66,10 @@ def _pull(derived: Derived, grads: Tensor, parameters: dict[str, Tensor]) -> dic
 def _from_rows(
     derived: Derived, axis: int, grad: Tensor, owner: Tensor | None, records: int
 ) -> list[tuple[Target, Term]]:
+    if derived.base is not None and derived.index is not None and axis == 0 and owner is None:
+        width = grad.shape[-1]
+        rows = grad.reshape(records, -1, width)
+        return [(derived.base, Scatter(rows, derived.index.reshape(records, -1), shape_of(derived.base)))]
     if derived.base is not None and axis in derived.copies and owner is None:
         # Every row is a copy of the base: the record's gradient for the base is its own row's.
         per_record = grad.movedim(axis, 0).unsqueeze(axis + 1)

@@ -6,11 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato.clipping import flat_weights
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnclippedGradient
 from sfumato.ghost import entry
 from sfumato.ghost.capture import Capture
-from sfumato.ghost.clip import clipped, total_sq_norms, wide_dtype
+from sfumato.ghost.clip import clipped, total_norms, wide_dtype
 from sfumato.ghost.guard import Guard
 from sfumato.ghost.pullback import Bundle, collect
 from sfumato.ghost.tape import Tape
@@ -83,19 +82,17 @@ class record:
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the per-sample gradients over all trainable parameters, shape (B,)."""
-        bundle = self._terms()
-        return (total_sq_norms(bundle, self._records) * self._scale**2).to(
-            wide_dtype(self._capture.parameters.values())
-        )
+        norms = total_norms(self._terms(), self._records)
+        return (norms.sq * self._scale**2).to(wide_dtype(self._capture.parameters.values()))
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
         """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
         bundle, parameters = self._terms(), self._capture.parameters
-        sq = total_sq_norms(bundle, self._records) * self._scale**2
-        weights = flat_weights(sq, max_grad_norm, wide_dtype(parameters.values())) * self._scale
-        sums = clipped(bundle, weights, sq.isfinite())
+        norms = total_norms(bundle, self._records)
+        sums, _ = clipped(bundle, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale)
         return {n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()}
 
+    @torch.no_grad()
     def per_sample(self, name: str) -> Tensor:
         """Per-sample gradients of one parameter, shape (B, *shape)."""
         bundle, parameters = self._terms(), self._capture.parameters

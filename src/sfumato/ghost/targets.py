@@ -31,6 +31,7 @@ class Derived:
     swapped: bool = False
     reshaped: bool = False
     copies: tuple[int, ...] = field(default=())
+    index: Tensor | None = None  # the tensor is base[index], a lookup by a constant
 
 
 Target = Param | Derived

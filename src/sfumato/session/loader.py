@@ -138,7 +138,7 @@ class PrivateLoader(DataLoader[Any]):
                         token = None
                 if token is None:
                     return
-                session.issue(token)
+                session.issue(token, batch)
                 yield batch
         finally:
             if serial == self._serial:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.accounting import Budget, Ledger, max_steps
-from sfumato.clipping import flat_weights
 from sfumato.errors import PrivacyError, TokenError, UnclippedGradient
-from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, total_sq_norms, wide_dtype
+from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, storages, total_norms, wide_dtype
 from sfumato.noise import Research, Secure
 from sfumato.plan import Plan
 from sfumato.sampling import Poisson
@@ -82,12 +81,13 @@ class Session:
 
     # -- batches --------------------------------------------------------------------------------------------------
 
-    def issue(self, token: Token) -> None:
+    def issue(self, token: Token, batch: object) -> None:
         """Hand out one microbatch. A logical batch that was left unfinished is discarded, never merged."""
         if token.first:
             self.abandon()
         self._watch()
         token.tape = self.capture.open(self._complete, token.size)
+        self.capture.loaded = storages(batch)
         self._token = token
 
     def abandon(self) -> None:
@@ -158,12 +158,12 @@ class Session:
         bundle = collect(tape, parameters)
         loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         scale = (token.size if self.plan.loss_reduction == "mean" else 1) / loss_scale
-        sq = total_sq_norms(bundle, token.size) * scale**2
-        weights = flat_weights(sq, self.plan.max_grad_norm, wide_dtype(parameters.values()))
+        norms = total_norms(bundle, token.size)
+        sums, weights = clipped(bundle, norms, self.plan.max_grad_norm, wide_dtype(parameters.values()), scale)
         self._facts.batch_size += token.size
         self._facts.clipped += int((weights < 1).sum())
         self._facts.empty = False
-        for name, total in clipped(bundle, weights * scale, sq.isfinite()).items():
+        for name, total in sums.items():
             if name in self._sums and self._sums[name].shape != total.shape:
                 self._discard()
                 raise PrivacyError(
@@ -182,8 +182,8 @@ class Session:
         loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         noise = self._noise()
         for name, p in self.capture.parameters.items():
-            total = self._sums[name].to(noise[name].dtype) + noise[name] if name in self._sums else noise[name]
-            grad = (total * (loss_scale / plan.expected_batch_size)).to(p.dtype)
+            total = noise[name].add_(self._sums[name]) if name in self._sums else noise[name]
+            grad = total.mul_(loss_scale / plan.expected_batch_size).to(p.dtype)
             before = self._carried.get(name)
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad

@@ -1,9 +1,9 @@
 """Factored per-sample gradients: a closed set of records, and the operations on them as functions."""
 
 from sfumato.terms.dense import materialize
-from sfumato.terms.norms import Grams, inner, sq_norms
-from sfumato.terms.sums import keep, merge, select, weighted_sum
-from sfumato.terms.types import Conv, ConvSpec, Dense, Outer, Scatter, Term, batch_size
+from sfumato.terms.norms import Grams, inner, measured, sq_norms
+from sfumato.terms.sums import compact, double, keep, merge, select, weighted_sum
+from sfumato.terms.types import Conv, ConvSpec, Dense, Outer, Scatter, Term, batch_size, device
 
 __all__ = [
     "Conv",
@@ -14,9 +14,13 @@ __all__ = [
     "Scatter",
     "Term",
     "batch_size",
+    "compact",
+    "device",
+    "double",
     "inner",
     "keep",
     "materialize",
+    "measured",
     "merge",
     "select",
     "sq_norms",

@@ -9,21 +9,39 @@ from torch import Tensor
 from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
 from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term, batch_size
 
-Grams = dict[tuple[object, ...], Tensor]
+Grams = dict[tuple[object, ...], list[Tensor]]
 
-# Records whose Gram norm cancels below this share of Σ|l||r| are recomputed densely in float64: a norm that is
-# rounded down would let the record exceed the bound.
-_CANCELLATION = 1e-4
 _CHUNK_ELEMENTS = 1 << 24
 _BLOCK = 512
+_BLOCK_ROWS = 32
+_LARGE = 1e30
 
 
 def sq_norms(terms: Iterable[Term], grams: Grams | None = None) -> Tensor:
     """Squared norms (B,), float64, of the sum of the terms of one parameter, cross terms included."""
+    return measured(terms, grams)[0]
+
+
+def measured(terms: Iterable[Term], grams: Grams | None = None) -> tuple[Tensor, Tensor]:
+    """(squared norms, floor), both (B,) float64: a squared norm below its floor is not to be trusted.
+
+    The floor is the squared size of the parts that cancelled, over 64 times their number: rounding of that order is in
+    the norm and in every sum that the record takes part in. It is infinite where factors leave the range in which
+    float32 products keep their precision. Such records must be computed apart, in float64.
+    """
     terms = list(terms)
     grams = {} if grams is None else grams
-    total = sum(_sq_norm(t, grams) for t in terms) + sum(2 * inner(s, t) for s, t in combinations(terms, 2))
-    return total.clamp_min_(0) if isinstance(total, Tensor) else torch.zeros(0, dtype=torch.float64)
+    if not terms:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    parts = [_measured(t, grams) for t in terms]
+    sq = torch.stack([p[0] for p in parts]).sum(0)
+    floor = torch.stack([p[1] for p in parts]).sum(0)
+    if len(terms) > 1:
+        floor = torch.maximum(floor, sq / 64)
+        for s, t in combinations(terms, 2):
+            sq = sq + 2 * inner(s, t)
+        sq = torch.where(sq.isfinite(), sq.clamp_min(0), float("inf"))  # -inf must not become a norm of 0
+    return sq, torch.where(sq > _LARGE, float("inf"), floor)
 
 
 def _square(x: Tensor) -> Tensor:
@@ -32,7 +50,7 @@ def _square(x: Tensor) -> Tensor:
     Blocks are summed in the dtype of x and joined in float64. Where float32 squares may under- or overflow (hostile
     records), the record is squared again in float64: a norm rounded to zero would let it through unclipped.
     """
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
     if x.dtype == torch.float64 or flat.numel() == 0:
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square_()
     whole = flat.shape[1] - flat.shape[1] % _BLOCK
@@ -49,52 +67,78 @@ def _square(x: Tensor) -> Tensor:
     return sq
 
 
-def _sq_norm(term: Term, grams: Grams) -> Tensor:
+def _measured(term: Term, grams: Grams) -> tuple[Tensor, Tensor]:
     match term:
         case Dense(value):
-            return _square(value)
+            sq = _square(value)
+            return sq, torch.zeros_like(sq)
         case Outer(left, right):
-            return _outer(term, grams) if left.shape[1] != 1 else _square(left) * _square(right)
+            if left.shape[1] != 1:
+                return _outer(term, grams)
+            a, b = _square(left), _square(right)
+            sq = a * b
+            extreme = (torch.maximum(a, b) > _LARGE) & (sq > 0)
+            return sq, torch.where(extreme, float("inf"), 0.0)
         case Scatter(grad, index, shape):
-            return _scatter(grad, index, shape[0])
+            sq = _scatter(grad, index, shape[0])
+            mass = torch.linalg.vector_norm(grad, dim=2).double().sum(1).square()
+            return sq, mass / (64 * max(1, grad.shape[1]))
         case Conv():
             if unfolds(term) or batch_size(term) == 0:
-                return _square(materialize(term))
-            norms = [
-                torch.linalg.vector_norm(conv_weight_grad(g, x, term), dtype=torch.float64)
-                for g, x in zip(term.grad, term.input, strict=True)
-            ]
-            return torch.stack(norms).square_()
+                sq = _square(materialize(term))
+            else:
+                norms = [
+                    torch.linalg.vector_norm(conv_weight_grad(g, x, term), dtype=torch.float64)
+                    for g, x in zip(term.grad, term.input, strict=True)
+                ]
+                sq = torch.stack(norms).square_()
+            return sq, torch.zeros_like(sq)
 
 
-def gram(x: Tensor, grams: Grams) -> Tensor:
-    """x xᵀ per record (B, T, T); layers that share an input (Q, K, V) share it."""
+def gram(x: Tensor, grams: Grams) -> list[Tensor]:
+    """The lower triangle of x xᵀ per record, in blocks: off-diagonal ones (count twice), the diagonal ones last.
+
+    Half the products of the full (B, T, T) matrix; layers that share an input (Q, K, V) share it.
+    """
     key = (x.data_ptr(), x.shape, x.stride(), x.dtype)
     if key not in grams:
-        grams[key] = torch.bmm(x, x.mT)
+        records, rows, width = x.shape
+        blocks, parts = [], 1
+        while rows % 2 == 0 and rows > _BLOCK_ROWS:
+            rows //= 2
+            halves = x.reshape(records * parts, 2, rows, width)
+            blocks.append(torch.bmm(halves[:, 0], halves[:, 1].mT))
+            parts *= 2
+        last = x.reshape(records * parts, rows, width)
+        grams[key] = [*blocks, torch.bmm(last, last.mT)]
     return grams[key]
 
 
-def _outer(term: Outer, grams: Grams) -> Tensor:
+def _outer(term: Outer, grams: Grams) -> tuple[Tensor, Tensor]:
     left, right = term.left, term.right
     records, rows, p = left.shape
     d = right.shape[2]
     if rows == 0 or records == 0:
-        return torch.zeros(records, dtype=torch.float64, device=left.device)
-    if rows * (p + d) >= p * d:
+        nothing = torch.zeros(records, dtype=torch.float64, device=left.device)
+        return nothing, nothing
+    if rows * (p + d) >= 2 * p * d:  # the triangle costs half of T²(p + d)
         chunk = max(1, _CHUNK_ELEMENTS // (p * d))
         parts = [_square(torch.bmm(a.mT, b)) for a, b in zip(left.split(chunk), right.split(chunk), strict=True)]
-        return torch.cat(parts)
-    sq = (gram(left, grams) * gram(right, grams)).sum(dim=(1, 2), dtype=torch.float64)
-    if left.dtype == torch.float64:
-        return sq
-    rows_l = torch.linalg.vector_norm(left, dim=2, dtype=torch.float64)
-    rows_r = torch.linalg.vector_norm(right, dim=2, dtype=torch.float64)
-    doubtful = ~(sq >= _CANCELLATION * (rows_l * rows_r).sum(1).square())
-    if bool(doubtful.any()):
-        for b in doubtful.nonzero().flatten().tolist():
-            sq[b] = (left[b].double().mT @ right[b].double()).square().sum()
-    return sq
+        sq = torch.cat(parts)
+        sizes_l, sizes_r = torch.linalg.vector_norm(left, dim=2), torch.linalg.vector_norm(right, dim=2)
+    else:
+        lefts, rights = gram(left, grams), gram(right, grams)
+        sq = torch.zeros(records, dtype=torch.float64, device=left.device)
+        for k, (a, b) in enumerate(zip(lefts, rights, strict=True)):
+            twice = 2.0 if k < len(lefts) - 1 else 1.0
+            sq += twice * (a * b).reshape(records, -1).sum(1, dtype=torch.float64)
+        # row norms are the diagonals of the Grams
+        sizes_l, sizes_r = (g[-1].diagonal(dim1=1, dim2=2).reshape(records, rows).sqrt() for g in (lefts, rights))
+    sizes_l, sizes_r = sizes_l.double(), sizes_r.double()
+    floor = (sizes_l * sizes_r).sum(1).square() / (64 * rows)
+    big = torch.maximum(sizes_l.amax(1), sizes_r.amax(1)).square() > _LARGE
+    floor = torch.where((big & (floor > 0)) | ~sq.isfinite(), float("inf"), floor)
+    return sq, floor
 
 
 def _scatter(grad: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -135,4 +179,6 @@ def inner(s: Term, t: Term) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x.reshape(x.shape[0], -1) * y.reshape(y.shape[0], -1)).sum(1, dtype=torch.float64)
+    if x.dim() == 1:
+        return x.double() * y.double()
+    return (x.flatten(1) * y.flatten(1)).sum(1, dtype=torch.float64)

@@ -8,16 +8,22 @@ from torch import Tensor
 from sfumato.terms.dense import conv_weight_grad, materialize
 from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term
 
+_COMPACT_ELEMENTS = 1 << 23
+
 
 def weighted_sum(term: Term, weights: Tensor) -> Tensor:
     """Σ_b weights[b]·G_b, shape term.shape, in the dtype of the term. weights: (B,)."""
     match term:
         case Dense(value):
             w = weights.to(value.dtype)
-            return (w @ value.reshape(value.shape[0], -1)).reshape(term.shape)
+            return torch.tensordot(w, value, 1)
         case Outer(left, right, shape):
-            scaled = left * weights.to(left.dtype)[:, None, None]
-            return (scaled.flatten(0, 1).mT @ right.flatten(0, 1)).reshape(shape)
+            w = weights.to(left.dtype)[:, None, None]
+            if left.shape[2] <= right.shape[2]:
+                left = left * w
+            else:
+                right = right * w
+            return (left.flatten(0, 1).mT @ right.flatten(0, 1)).reshape(shape)
         case Scatter(grad, index, shape):
             scaled = grad * weights.to(grad.dtype)[:, None, None]
             return grad.new_zeros(shape).index_add_(0, index.reshape(-1), scaled.flatten(0, 1))
@@ -53,12 +59,37 @@ def merge(terms: Sequence[Term]) -> list[Term]:
     return out
 
 
+def compact(term: Term) -> Term:
+    """The term as the dense gradient where that is no bigger than its factors: they can be freed at once.
+
+    Above _COMPACT_ELEMENTS fresh memory costs more in page faults than the second product that it saves.
+    """
+    if isinstance(term, Outer):
+        (records, rows, p), d = term.left.shape, term.right.shape[2]
+        if rows > 1 and 4 * p * d <= 5 * rows * (p + d) and records * p * d <= _COMPACT_ELEMENTS:
+            return Dense(materialize(term))
+    return term
+
+
 def keep(term: Term, budget: int) -> Term:
     """The term, materialised when that saves a second pass over it and fits ``budget`` elements."""
     if not isinstance(term, Conv):
         return term
     records = term.grad.shape[0]
     return Dense(materialize(term)) if records * term.weight.numel() <= budget else term
+
+
+def double(term: Term) -> Term:
+    """The term with float64 factors."""
+    match term:
+        case Dense(value):
+            return Dense(value.double())
+        case Outer(left, right, shape):
+            return Outer(left.double(), right.double(), shape)
+        case Scatter(grad, index, shape):
+            return Scatter(grad.double(), index, shape)
+        case Conv(grad, x, weight, spec):
+            return Conv(grad.double(), x.double(), weight.double(), spec)
 
 
 def select(term: Term, records: Tensor) -> Term:

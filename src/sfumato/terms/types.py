@@ -73,6 +73,13 @@ class Dense:
 Term = Outer | Conv | Scatter | Dense
 
 
+def device(term: Term) -> torch.device:
+    """Where the term lives."""
+    match term:
+        case Outer(left=x) | Conv(grad=x) | Scatter(grad=x) | Dense(value=x):
+            return x.device
+
+
 def batch_size(term: Term) -> int:
     """Number of records B of a term."""
     match term:

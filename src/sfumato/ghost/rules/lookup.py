@@ -9,7 +9,7 @@ from torch import Tensor
 from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost.functions import EmbeddingFn
 from sfumato.ghost.rows import Rows
-from sfumato.ghost.rules.table import NoRule, rule
+from sfumato.ghost.rules.table import SCREENS, NoRule, rule
 
 if TYPE_CHECKING:
     from sfumato.ghost.capture import Capture
@@ -45,6 +45,28 @@ def embedding(
     use = c.use(rows, weight, None)
     out: Tensor = EmbeddingFn.apply(input, weight.detach(), c.tape.anchor, pad, use)  # type: ignore[no-untyped-call]
     return c.tagged(out, rows)
+
+
+def _screen_embedding_bag(
+    c: "Capture",
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    *rest: Any,
+    **named: Any,
+) -> None:
+    if max_norm is not None or scale_grad_by_freq:
+        raise CoupledRecords(
+            "EmbeddingBag with max_norm or scale_grad_by_freq lets the records of a batch act on each other's rows.",
+            where=c.where(),
+            fix="drop max_norm and scale_grad_by_freq.",
+        )
+
+
+SCREENS["embedding_bag"] = _screen_embedding_bag
 
 
 @rule("getitem")

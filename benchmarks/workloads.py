@@ -109,7 +109,7 @@ class _Layer(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Positions are looked up once for each record, the form that every engine here can run."""
+    """Positions are looked up once for each record, from an index that is a tensor of its own: peers can run that."""
 
     def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int, classes: int | None):
         super().__init__()
@@ -125,7 +125,7 @@ class _Transformer(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        places = torch.arange(ids.shape[1], device=ids.device).repeat(ids.shape[0], 1)
         h = self.norm(self.layers(self.token(ids) + self.position(places)))
         return self.head(h.mean(1) if self.pooled else h)
 

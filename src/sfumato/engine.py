@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sfumato import _validate
 from sfumato.accounting import Budget, Epsilon, Event, Ledger, compose
 from sfumato.accounting import noise_multiplier as calibrate
 from sfumato.errors import BudgetExceeded, ConfigurationError, PrivacyError, UnsupportedError
@@ -69,12 +70,14 @@ class PrivacyEngine:
             ConfigurationError, UnsupportedError: before anything is changed.
         """
         self._refuse_second()
-        sigma = _non_negative("noise_multiplier", noise_multiplier)
-        bound = _positive("max_grad_norm", max_grad_norm)
-        _one_of("clipping", clipping, ("flat",))
-        _one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        sigma = _validate.non_negative("noise_multiplier", noise_multiplier)
+        bound = _validate.positive("max_grad_norm", max_grad_norm)
+        _validate.one_of("clipping", clipping, ("flat",))
+        _validate.one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         physical = (
-            None if max_physical_batch_size is None else _count("max_physical_batch_size", max_physical_batch_size)
+            None
+            if max_physical_batch_size is None
+            else _validate.count("max_physical_batch_size", max_physical_batch_size)
         )
         if sampling is not None and not isinstance(sampling, (Poisson, Shuffle)):
             raise ConfigurationError(
@@ -82,6 +85,14 @@ class PrivacyEngine:
             )
         if budget is not None and not isinstance(budget, Budget):
             raise ConfigurationError(f"budget={budget!r} is not an sf.Budget.", found=budget, where="budget")
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ConfigurationError(
+                f"batch_dim={batch_dim!r} is not an axis number >= 0.", found=batch_dim, where="batch_dim"
+            )
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise ConfigurationError(
+                f"grad_scaler={grad_scaler!r} is not a torch.amp.GradScaler.", found=grad_scaler, where="grad_scaler"
+            )
         _check_model(module, optimizer)
         batch_size, dataset_size = inspect(data_loader)
         sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
@@ -132,7 +143,7 @@ class PrivacyEngine:
         batch_size, dataset_size = inspect(data_loader)
         sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
         trial = Plan(1.0, 1.0, sampler, expected, dataset_size, steps)
-        sigma = _calibrated(trial, self.ledger.events(), limit, _count("epochs", epochs))
+        sigma = _calibrated(trial, self.ledger.events(), limit, _validate.count("epochs", epochs))
         return self.make_private(
             module=module,
             optimizer=optimizer,
@@ -278,32 +289,3 @@ def _calibrated(trial: Plan, spent: dict[Event, int], limit: Budget, epochs: int
         middle = math.sqrt(low * high)
         low, high = (middle, high) if total(middle) > limit.epsilon else (low, middle)
     return high
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigurationError(f"{name}={value!r} is not a finite number.", found=value, where=name)
-    return float(value)
-
-
-def _non_negative(name: str, value: object) -> float:
-    if (number := _number(name, value)) < 0:
-        raise ConfigurationError(f"{name}={value!r} is negative.", found=value, where=name)
-    return number
-
-
-def _positive(name: str, value: object) -> float:
-    if (number := _number(name, value)) <= 0:
-        raise ConfigurationError(f"{name}={value!r} is not positive.", found=value, where=name)
-    return number
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name}={value!r} is not a whole number >= 1.", found=value, where=name)
-    return value
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(allowed)}.", found=value, where=name)

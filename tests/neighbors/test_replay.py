@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from tests.neighbors.models import CASES, Case
 from tests.step.harness import World, distance, world
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 SLACK = 1e-6
 HOSTILE = {

@@ -97,7 +97,9 @@ def to(tree: Any, dtype: torch.dtype) -> Any:
     def one(value: Any) -> Any:
         if isinstance(value, Shared):
             return Shared(one(value.value))
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
 
     return tree_map(one, tree)
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tests.step.harness import data, loss, mlp, norm, world
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 import sfumato as sf
-from tests.step.harness import data, loss, mlp, norm, world
 
 C = 1e-4
 RECORDS = 12

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.step.harness import World, chosen, data, distance, loss, mlp, norm, released, train, world
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import sfumato as sf
-from tests.step.harness import World, chosen, data, distance, loss, mlp, norm, released, train, world
 
 B = 8
 
@@ -184,7 +184,9 @@ def test_broken_loop_that_is_restarted(ended: str) -> None:
     assert not w.grads
     again = released(w)
     torch.manual_seed(0)
-    whole = world(copy_plain(w.model), (w.loader.dataset.tensors), everybody=True, noise_multiplier=0.0, max_grad_norm=0.1)
+    whole = world(
+        copy_plain(w.model), (w.loader.dataset.tensors), everybody=True, noise_multiplier=0.0, max_grad_norm=0.1
+    )
     assert w.charges == 1
     assert norm(again) <= B * 0.1
     assert distance(again, released(whole)) < 1e-5
@@ -198,11 +200,9 @@ def copy_plain(model: nn.Module) -> nn.Module:
 
 def test_error_between_microbatches_discards_the_batch() -> None:
     w = world(tensors=data(B), everybody=True, noise_multiplier=0.0, max_physical_batch_size=3)
-    seen = 0
-    for x, y in w.loader:
-        seen += 1
+    for count, (x, y) in enumerate(w.loader):
         try:
-            (loss(w.model, x, y) + (w.model[0].weight.sum() if seen == 1 else 0)).backward()
+            (loss(w.model, x, y) + (w.model[0].weight.sum() if count == 0 else 0)).backward()
         except sf.errors.PrivacyError:
             assert not w.grads
         if w.engine.plan.steps_per_epoch == w.engine.steps:
@@ -538,7 +538,7 @@ def test_mse_of_a_class_of_layers_nobody_registered() -> None:
     assert 0 < clipped_norm(w) <= B * 0.1
 
 
-# -- loaders and optimizers ----------------------------------------------------------------------------------------------
+# -- loaders and optimizers ------------------------------------------------------------------------------------------
 
 
 class Stream(IterableDataset[Tensor]):
@@ -608,9 +608,7 @@ def test_optimizer_with_foreign_parameters_is_refused() -> None:
 OPTIMIZERS = [
     n
     for n, c in sorted(vars(torch.optim).items())
-    if inspect.isclass(c)
-    and issubclass(c, torch.optim.Optimizer)
-    and n not in ("Optimizer", "LBFGS", "SparseAdam")
+    if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer) and n not in ("Optimizer", "LBFGS", "SparseAdam")
 ]
 
 
@@ -744,7 +742,11 @@ def test_grad_scaler_is_divided_out_before_clipping(scale: float, physical: int 
 def test_facts_of_the_last_step() -> None:
     w = world(tensors=data(B), everybody=True, max_grad_norm=1e-6, max_physical_batch_size=3)
     released(w)
-    assert (w.engine.last_step.batch_size, w.engine.last_step.clip_fraction, w.engine.last_step.empty) == (B, 1.0, False)
+    assert (w.engine.last_step.batch_size, w.engine.last_step.clip_fraction, w.engine.last_step.empty) == (
+        B,
+        1.0,
+        False,
+    )
     w = world(tensors=data(B), everybody=True, max_grad_norm=1e6)
     assert w.engine.last_step.empty
     released(w)

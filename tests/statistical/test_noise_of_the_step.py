@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.statistical.checks import ENOUGH, check_normal, check_std, check_uncorrelated
+from tests.step.harness import World, chosen, released, world
 from torch import Tensor, nn
 
 import sfumato as sf
-from tests.statistical.checks import ENOUGH, check_normal, check_std, check_uncorrelated
-from tests.step.harness import World, chosen, released, world
 
 C, SIGMA = 0.37, 1.7
 SIDE = 100_000

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-
-import sfumato as sf
 from tests.statistical.checks import ALPHA, check_rate
 from tests.step.harness import World, data, loss, mlp, train, world
+
+import sfumato as sf
 
 N = 300
 
@@ -110,8 +110,10 @@ def test_the_budget_ends_the_loader_before_the_step_that_would_exceed_it(physica
             break
     assert w.engine.stopped
     event = w.engine.plan.event
-    assert float(w.engine.get_epsilon(delta=1e-5)) <= 4.0 < float(
-        sf.accounting.compose({event: w.engine.steps + 1}, delta=1e-5)
+    assert (
+        float(w.engine.get_epsilon(delta=1e-5))
+        <= 4.0
+        < float(sf.accounting.compose({event: w.engine.steps + 1}, delta=1e-5))
     )
     before = w.engine.steps
     train(w)

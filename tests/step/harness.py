@@ -18,7 +18,7 @@ DRAWN, LEFT = 1 - 2.0**-53, 0.0
 
 
 def chosen(n: int, indices: Iterable[int] | None = None) -> sf.noise.Research:
-    """A source whose Poisson draw takes exactly ``indices`` (None: everybody) at any rate, and whose noise is seeded."""
+    """A source whose Poisson draw takes exactly ``indices`` (None: everybody) at any rate; its noise is seeded."""
     coins = np.full(n, DRAWN if indices is None else LEFT)
     if indices is not None:
         coins[list(indices)] = DRAWN
@@ -74,7 +74,11 @@ def world(
     engine = sf.PrivacyEngine() if engine is None else engine
     options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **options}
     loader: DataLoader[Any] = DataLoader(
-        TensorDataset(*tensors), batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        TensorDataset(*tensors),
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
     )
     return World(engine, *engine.make_private(module=model, optimizer=built, data_loader=loader, **options))
 
@@ -103,7 +107,9 @@ def released(w: World, compute: Callable[..., Tensor] = loss) -> dict[str, Tenso
 
 
 def norm(gradients: dict[str, Tensor]) -> float:
-    return float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()) if gradients else 0.0
+    return (
+        float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt()) if gradients else 0.0
+    )
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.step.harness import distance, loss, mlp, released, world
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sfumato as sf
-from tests.step.harness import distance, loss, mlp, released, world
 
 B = 8
 
@@ -68,6 +68,17 @@ def _no_grad_mean(h: Tensor) -> Tensor:
     return h - mean
 
 
+def _sorted_in_place(h: Tensor) -> Tensor:
+    h = h.clone()
+    torch.sort(h.detach(), 0, out=(h.data, torch.empty(h.shape, dtype=torch.long)))
+    return h
+
+
+def _autograd_inside(h: Tensor) -> Tensor:
+    (towards,) = torch.autograd.grad(h.square().sum().sqrt(), h, retain_graph=True)
+    return h + towards
+
+
 class _Centre(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, a: Tensor) -> Tensor:
@@ -108,6 +119,13 @@ MIXES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant: out=": _constant(lambda b, h: torch.mean(h, 0, out=b)),
     "constant: setitem": _constant(lambda b, h: b.__setitem__(slice(None), h.mean(0))),
     "new_tensor": lambda h: h - h.new_tensor(h.detach().mean(0)),
+    "full_like": lambda h: h - torch.full_like(h, h.detach().mean()),
+    "new_full": lambda h: h - h.new_full((5,), h.detach().mean()),
+    "written through two outputs": _sorted_in_place,
+    "gradient of a coupled value": _autograd_inside,
+    "rows leave in another order: cat": lambda h: torch.cat([h[1:], h[:1]]),
+    "rows leave in another order: split": lambda h: torch.cat([*h.split(1)[1:], h[:1]]),
+    "rows leave in another order: flat index": lambda h: h.view(-1)[torch.arange(h.numel()).roll(5)].view(h.shape),
     "torch.tensor": lambda h: h - torch.tensor(h.detach().mean(0).tolist()),
     "numpy": lambda h: h - torch.from_numpy(h.detach().mean(0).numpy()),
     "item": lambda h: h / h.abs().max().item(),

@@ -6,7 +6,7 @@ from sfumato.ghost.entry import install, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
 from sfumato.ghost.guard import Guard
 from sfumato.ghost.pullback import Bundle, collect
-from sfumato.ghost.record import record
+from sfumato.ghost.recording import record
 from sfumato.ghost.tape import Tape
 
 __all__ = [

@@ -45,11 +45,20 @@ def _name(func: Callable[..., Any]) -> str:
 class Capture(TorchFunctionMode):
     """State of one private model: its trainable parameters, the current tape, and where the records are."""
 
-    def __init__(self, module: nn.Module, batch_dim: int = 0, reduction: str = "mean"):
+    def __init__(
+        self,
+        module: nn.Module,
+        batch_dim: int = 0,
+        reduction: str = "mean",
+        on_refresh: Callable[[dict[str, Tensor]], None] = lambda _: None,
+    ):
         super().__init__()
+        self.on_refresh = on_refresh
         self.module = module
         self.batch_dim = batch_dim
         self.reduction = reduction  # of the loss; joins losses that a model computes itself on the lower tiers
+        self.native_shapes: dict[tuple[nn.Module, int], torch.Size] = {}  # of the outputs of a judged module
+        self.output_axes: dict[tuple[nn.Module, int], int] = {}
         self.judged: set[nn.Module] = set()  # modules on a lower tier that were seen to treat each record alone
         self.tiers: dict[str, str] = {}  # modules that run below the rule tier
         self.live = False  # a tape is wanted
@@ -61,6 +70,7 @@ class Capture(TorchFunctionMode):
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
         self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self._places: dict[tuple[object, ...], Tag] = {}  # tags by memory, for what a recomputation hands back
         self._tainted: dict[int, Tag] = {}  # storages written to behind the back of their tags
         self._stale: dict[int, weakref.ref[Tensor]] = {}  # tensors of an earlier batch that are still alive
         self._derived: dict[int, Derived] = {}
@@ -93,16 +103,30 @@ class Capture(TorchFunctionMode):
         self._stale |= {k: r for k, (r, _) in self._tags.items() if r() is not None}
         self._tags.clear()
         self._tainted.clear()
+        self._places.clear()
         self._derived.clear()
 
     def refresh(self) -> None:
         """Read the trainable parameters again: freezing, unfreezing and new heads take effect at the next forward."""
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._ids = {id(p): Param(n, p) for n, p in self.parameters.items()}
+        computed = next((n for n, p in self.parameters.items() if not p.is_leaf), None)
+        if computed is not None:
+            raise UnsupportedError(
+                f"{computed} is a computed tensor in the place of a parameter, so there is no parameter to release to.",
+                where=computed,
+                fix="call the model itself, not torch.func.functional_call with computed parameters.",
+            )
+        self.on_refresh(self.parameters)
 
     def admit(self, door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tag the records among the inputs of the module ``door``; everything else is a constant."""
         slots = list(enumerate(indexing.deep_tensors((args, kwargs))))
+        if torch._C._current_graph_task_id() != -1:
+            # Checkpointing kept the input's memory alive, but hands it back as another tensor.
+            for _, t in slots:
+                if (tag := self._places.get(_place(t))) is not None and self.tag(t) is None:
+                    self.set_tag(t, tag)
         if any(self.tag(t) is not None for _, t in slots):
             return
         # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
@@ -140,7 +164,7 @@ class Capture(TorchFunctionMode):
     def _refuse_transposed(self, x: Tensor) -> None:
         """A transposed batch with T == B has the right size on the wrong axis; its strides give it away."""
         axis, records = self.batch_dim, self.records
-        if records < 2 or x.numel() == 0:
+        if records < 2 or x.numel() == 0 or axis != 0:  # another axis than the first was declared on purpose
             return
         # An activation that left the capture may come back with any of its axes first.
         twins = [
@@ -177,6 +201,7 @@ class Capture(TorchFunctionMode):
 
     def set_tag(self, value: Tensor, tag: Tag) -> None:
         self._tags[id(value)] = (weakref.ref(value), tag)
+        self._places[_place(value)] = tag
 
     def tagged(self, value: Any, rows: Rows) -> Any:
         for t in (value,) if isinstance(value, Tensor) else value or ():
@@ -335,8 +360,8 @@ class Capture(TorchFunctionMode):
         for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
                 derived = _derived(tensor, clean(name), targets, source)
-                plain = (
-                    (clean(name) == "embedding" and len(args) + len(kwargs) == 2) or (len(args) > 2 and args[2] is None)
+                plain = (clean(name) == "embedding" and len(args) + len(kwargs) == 2) or (
+                    len(args) > 2 and args[2] is None
                 )
                 if plain and isinstance(source, Param) and clean(name) == "embedding":
                     derived = Derived(tensor, derived.names, source, index=args[0])
@@ -426,6 +451,14 @@ def refuse_buffer(name: str) -> NoReturn:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else -id(tensor)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return (
+        (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+        if not tensor.is_meta
+        else (id(tensor),)
+    )
 
 
 def storages(batch: object) -> set[int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sfumato.clipping import flat_weights
+from sfumato.ghost.functions import full_precision
 from sfumato.ghost.pullback import Bundle
 from sfumato.terms import Dense, Grams, device, double, keep, materialize, measured, select, weighted_sum
 
@@ -28,6 +29,7 @@ class Norms:
 
 
 @torch.no_grad()
+@full_precision()
 def total_norms(bundle: Bundle, records: int) -> Norms:
     """Norms over all parameters. May materialise terms of the bundle in place."""
     grams: Grams = {}
@@ -56,6 +58,7 @@ def _alone(bundle: Bundle, record: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+@full_precision()
 def clipped(
     bundle: Bundle, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -63,7 +63,7 @@ class _Forward:
                     raise
                 except Exception as error:
                     # A lower tier runs other code than the user wrote; what fails there is a reason to go on down.
-                    if tier == "rule":
+                    if tier == "rule" or torch._C._current_graph_task_id() != -1:  # a recomputation stops by raising
                         raise
                     failed = NoRule(tier, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                     failed.__cause__ = error

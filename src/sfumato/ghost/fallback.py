@@ -106,7 +106,10 @@ def judge(
         for m in training:
             m.training = False
         try:
-            once, twice = (_plain(native(*tree_map(_copy, args), **tree_map(_copy, kwargs))) for _ in range(2))
+            first, second = (native(*tree_map(_copy, args), **tree_map(_copy, kwargs)) for _ in range(2))
+            once, twice = _plain(first), _plain(second)
+            shapes = {(module, i): v.shape for i, v in enumerate(tree_flatten(first)[0]) if isinstance(v, Tensor)}
+            c.native_shapes |= shapes
             split = _plain(TIERS[tier](c, module, tree_map(_copy_tagged(c), args), tree_map(_copy_tagged(c), kwargs)))
         finally:
             for m in training:
@@ -157,6 +160,8 @@ def _copy_tagged(c: Capture) -> Callable[[Any], Any]:
 def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module for every record at once under vmap, each with its own copy of the parameters."""
     refuse_batch_statistics(module, c.where())
+    if c.records == 0:
+        return _empty(c, module, args, kwargs)
     flat, spec = tree_flatten((args, kwargs))
     _refuse_hidden(c, flat)
     axes: list[int | None] = []
@@ -191,21 +196,55 @@ def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
         out = run(_copies(c, module), *tensors)
 
-    def merge(value: Any) -> Any:
-        # vmap puts the records first; the record of one that the module saw follows on the batch axis
+    default = next(a for a in in_axes if a is not None)
+    leaves, shape = tree_flatten(out)
+    joined = []
+    for i, value in enumerate(leaves):
         if not isinstance(value, Tensor):
-            return value
-        axis = in_axes[next(i for i, a in enumerate(in_axes) if a is not None)] or 0
-        if value.dim() > axis + 1 and value.shape[axis + 1] == 1:
-            value = value.movedim(0, axis).squeeze(axis + 1)
-        elif value.dim() == 1:
-            return _joined_loss(c, value)
+            joined.append(value)
+        elif value.dim() == 1:  # vmap puts the records first
+            joined.append(_joined_loss(c, value))
         else:
-            raise NoRule("vmap", "an output of the module has no batch axis")
-        c.set_tag(value, Rows(axis))
+            axis = _output_axis(c, module, i, value.shape[1:], default)
+            value = value.movedim(0, axis).squeeze(axis + 1)
+            c.set_tag(value, Rows(axis))
+            joined.append(value)
+    return tree_unflatten(joined, shape)
+
+
+def _output_axis(c: Capture, module: nn.Module, leaf: int, one: torch.Size, default: int) -> int:
+    """The batch axis of a module's output, from the shape that the module itself gave (see ``judge``)."""
+    if (module, leaf) not in c.output_axes:
+        native = c.native_shapes.get((module, leaf))
+        fits = [
+            k
+            for k in range(len(one))
+            if one[k] == 1 and (native is None or native == (*one[:k], c.records, *one[k + 1 :]))
+        ]
+        if not fits:
+            raise NoRule("output", "an output of the module has no batch axis")
+        axis = default if default in fits else fits[0]
+        if native is None:
+            return axis
+        c.output_axes[module, leaf] = axis
+    return c.output_axes[module, leaf]
+
+
+def _empty(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """No records: the shapes of the native forward, and a graph that ends in nothing but the tape."""
+    forward = module.forward.__wrapped__ if hasattr(module.forward, "__wrapped__") else module.forward
+    with torch.no_grad(), _suspended(c, module):
+        out = forward(*args, **kwargs)
+
+    def connect(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        value = value + 0 * c.tape.anchor.to(value)
+        if 0 in value.shape:
+            c.set_tag(value, Rows(list(value.shape).index(0)))
         return value
 
-    return tree_map(merge, out)
+    return tree_map(connect, out)
 
 
 def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,21 +263,23 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
             a, k = tree_unflatten(piece, spec)
             outs.append(functional_call(module, {n: p[b] for n, p in copies.items()}, a, k))
     if not outs:
-        raise UnsupportedError("A model on the microbatch tier cannot run on an empty batch.", where=c.where())
+        return _empty(c, module, args, kwargs)
     leaves = [tree_flatten(o)[0] for o in outs]
     shape = tree_flatten(outs[0])[1]
 
-    def join(values: list[Any]) -> Any:
+    default = next(t.axis for t in tags if isinstance(t, Rows))
+
+    def join(leaf: int, values: list[Any]) -> Any:
         if not isinstance(values[0], Tensor):
             return values[0]
         if values[0].dim() == 0:
             return _joined_loss(c, torch.stack(values))
-        axis = next(t.axis for t in tags if isinstance(t, Rows))
+        axis = _output_axis(c, module, leaf, values[0].shape, default)
         joined = torch.cat(values, axis)
         c.set_tag(joined, Rows(axis))
         return joined
 
-    return tree_unflatten([join(list(column)) for column in zip(*leaves, strict=True)], shape)
+    return tree_unflatten([join(i, list(column)) for i, column in enumerate(zip(*leaves, strict=True))], shape)
 
 
 Tier = Callable[[Capture, nn.Module, tuple[Any, ...], dict[str, Any]], Any]

@@ -5,7 +5,10 @@ static facts in a frozen record. Tensors go through ``save_for_backward`` so tha
 anchor goes first, so that a recomputation outside the capture never passes for this one.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,7 +37,28 @@ class Use:
             self.tape.add(*settle(target, compact(term)))
 
 
-def _wide(x: Tensor) -> Tensor:
+def exactly(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast: gradients are multiplied and summed in the precision they have, or better."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        with full_precision():
+            return backward(ctx, grad)
+
+    return run
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast off on every device that has it on."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def wide(x: Tensor) -> Tensor:
     """Float32 or better: norms and sums are never taken in half precision."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -49,13 +73,14 @@ class LinearFn(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         _, x, weight = ctx.saved_tensors
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        g = _wide(by_record(grad, use.rows, use.records, 1))
+        g = wide(by_record(grad, use.rows, use.records, 1))
         if use.weight is not None:
-            use.leave(use.weight, Outer(g, _wide(by_record(x, use.rows, use.records, 1)), shape_of(use.weight)))
+            use.leave(use.weight, Outer(g, wide(by_record(x, use.rows, use.records, 1)), shape_of(use.weight)))
         if use.bias is not None:
             use.leave(use.bias, Dense(g.sum(1) if g.shape[1] != 1 else g[:, 0]))
         return grad_x, None, None, use.tape.zero, None
@@ -83,6 +108,7 @@ class ConvFn(Function):
         )
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         spec: ConvSpec = ctx.spec
@@ -103,9 +129,9 @@ class ConvFn(Function):
                 spec.groups,
                 (True, False, False),
             )[0]
-        g = _wide(by_record(grad, use.rows, use.records, image))
+        g = wide(by_record(grad, use.rows, use.records, image))
         if use.weight is not None:
-            inputs = _wide(by_record(x, use.rows, use.records, image))
+            inputs = wide(by_record(x, use.rows, use.records, image))
             use.leave(use.weight, Conv(g, inputs, weight, spec))
         if use.bias is not None:
             use.leave(use.bias, Dense(g.flatten(3).sum((1, 3)) if g.dim() > 3 else g.sum(1)))
@@ -122,10 +148,11 @@ class EmbeddingFn(Function):
         return F.embedding(index, weight)
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         _, index = ctx.saved_tensors
-        g = _wide(by_record(grad, use.rows, use.records, 1))
+        g = wide(by_record(grad, use.rows, use.records, 1))
         ids = by_record(index.unsqueeze(-1), use.rows, use.records, 1)[..., 0]
         if ctx.padding_idx is not None:
             g = g.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
@@ -144,8 +171,9 @@ class SpreadFn(Function):
         return value.expand(records, *value.shape)
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.tape.add(*settle(ctx.target, Dense(_wide(grad))))
+        ctx.tape.add(*settle(ctx.target, Dense(wide(grad))))
         return None, ctx.tape.zero, None, None, None
 
 
@@ -160,8 +188,9 @@ class RowsFn(Function):
         return value.view_as(value)
 
     @staticmethod
+    @exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows: Rows = ctx.rows
         owner = None if rows.plain else owners(rows, ctx.records, grad.device)
-        ctx.tape.add_rows(ctx.target, rows.axis, _wide(grad), owner)
+        ctx.tape.add_rows(ctx.target, rows.axis, wide(grad), owner)
         return None, ctx.tape.zero, None, None, None, None

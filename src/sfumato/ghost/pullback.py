@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sfumato.ghost.functions import full_precision, wide
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import Derived, Param, Target, settle, shape_of
 from sfumato.terms import Dense, Scatter, Term, materialize, merge
@@ -12,6 +13,7 @@ _CHUNK_ELEMENTS = 1 << 25
 Bundle = dict[str, list[Term]]
 
 
+@full_precision()
 def collect(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
     """{parameter name: merged terms}. Parameters that the loss did not reach are absent."""
     terms, row_grads = tape.take()
@@ -60,7 +62,9 @@ def _pull(derived: Derived, grads: Tensor, parameters: dict[str, Tensor]) -> dic
         if g.shape[0]
     ]
     columns = list(zip(*parts, strict=True)) if parts else []
-    return {name: torch.cat(column) for name, column in zip(names, columns, strict=False) if column[0] is not None}
+    return {
+        name: wide(torch.cat(column)) for name, column in zip(names, columns, strict=False) if column[0] is not None
+    }
 
 
 def _from_rows(

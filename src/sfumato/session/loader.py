@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from sfumato.errors import ConfigurationError, TokenError, UnsupportedError
+from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnsupportedError
 from sfumato.plan import Plan
 from sfumato.sampling import Poisson, draw_poisson, physical, shuffle_epoch
 from sfumato.session.step import Session, Token
@@ -83,6 +83,13 @@ class _Draws:
                 yield part.tolist()
 
 
+def _refuse_closed(session: Session) -> None:
+    if session.closed:
+        raise PrivacyError(
+            "The engine of this loader has been detached.", where="data_loader", fix="call make_private again."
+        )
+
+
 class PrivateLoader(DataLoader[Any]):
     """A DataLoader over the records that the plan's sampler draws; ``len`` is the number of logical steps an epoch.
 
@@ -113,24 +120,21 @@ class PrivateLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         session = self._session
+        _refuse_closed(session)
         session.begin_epoch()
         self._serial += 1
         serial = self._serial
-        affordable = session.affordable()
-        # Under Poisson every release is charged; under Shuffle one that is affordable pays for the whole pass.
-        limit = None if affordable is None else session.steps + affordable
-        if affordable and not isinstance(session.plan.sampler, Poisson):
-            limit = None
         batches = super().__iter__()
         try:
             while True:
+                _refuse_closed(session)
                 if serial != self._serial:
                     raise TokenError("Two loops run over one private loader.", fix="finish one before the next.")
                 batch = next(batches, None)
                 token: Token | None = None
                 while self._tokens and token is None:
                     token = self._tokens.popleft()
-                    if token.first and limit is not None and session.steps >= limit:
+                    if token.first and not session.affordable():
                         session.stopped = True
                         return
                     if token.size == 0:
@@ -141,7 +145,7 @@ class PrivateLoader(DataLoader[Any]):
                 session.issue(token, batch)
                 yield batch
         finally:
-            if serial == self._serial:
+            if serial == self._serial and not session.closed:
                 session.abandon()
 
 

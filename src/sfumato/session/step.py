@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.accounting import Budget, Ledger, max_steps
-from sfumato.errors import PrivacyError, TokenError, UnclippedGradient
+from sfumato.errors import PrivacyError, TokenError, UnclippedGradient, UnsupportedError
 from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, storages, total_norms, wide_dtype
 from sfumato.noise import Research, Secure
 from sfumato.plan import Plan
@@ -54,8 +54,13 @@ class Session:
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
-        self.capture = Capture(self.module, self.batch_dim, self.plan.loss_reduction)
         self.guard = Guard(self._violated)
+        self.capture = Capture(
+            self.module, self.batch_dim, self.plan.loss_reduction, lambda ps: self.guard.watch(ps.items())
+        )
+        self.closed = False
+        self._limit: int | None = None
+        self._foreign = -1
         self.steps = 0
         self.stopped = False
         self.last_step = StepFacts()
@@ -66,18 +71,29 @@ class Session:
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
         install(self.capture)
-        self._watch()
+        self.capture.refresh()
+        self._step_hook = self.optimizer.register_step_pre_hook(self._check_optimizer)
         for p in self.module.parameters():
             p.grad = None  # a gradient from before this engine is not private
 
     def close(self) -> None:
         self.abandon()
+        self.closed = True
+        self._step_hook.remove()
         self.guard.release()
         remove(self.capture)
 
-    def _watch(self) -> None:
-        self.capture.refresh()
-        self.guard.watch(self.capture.parameters.items())
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        own = {id(p) for p in self.module.parameters()}
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            if id(p) not in own and p.grad is not None:
+                raise UnsupportedError(
+                    f"The optimizer is about to apply an unclipped gradient to a tensor of shape {tuple(p.shape)}, which "
+                    "is not a parameter of the private module.",
+                    found=tuple(p.shape),
+                    where="optimizer",
+                    fix="keep foreign parameters in an optimizer of their own.",
+                )
 
     # -- batches --------------------------------------------------------------------------------------------------
 
@@ -85,7 +101,7 @@ class Session:
         """Hand out one microbatch. A logical batch that was left unfinished is discarded, never merged."""
         if token.first:
             self.abandon()
-        self._watch()
+        self.capture.refresh()
         token.tape = self.capture.open(self._complete, token.size)
         self.capture.loaded = storages(batch)
         self._token = token
@@ -104,16 +120,24 @@ class Session:
         self.abandon()
         self._epoch_paid = False
 
-    def affordable(self) -> int | None:
-        """How many more charges the budget allows; None without a budget."""
-        if self.budget is None:
-            return None
-        return max_steps(self.ledger.events(), self.plan.event, epsilon=self.budget.epsilon, delta=self.budget.delta)
+    def affordable(self) -> bool:
+        """Whether the budget allows the next logical batch, after all that this ledger holds by now."""
+        shuffled = not isinstance(self.plan.sampler, Poisson)
+        if self.budget is None or (shuffled and self._epoch_paid):
+            return True
+        events = self.ledger.events()
+        foreign = sum(events.values()) - self.steps
+        if shuffled or foreign != self._foreign:
+            left = max_steps(events, self.plan.event, epsilon=self.budget.epsilon, delta=self.budget.delta)
+            if shuffled:
+                return left > 0
+            self._foreign, self._limit = foreign, self.steps + left
+        return self._limit is None or self.steps < self._limit
 
     def empty(self) -> None:
         """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
         self.abandon()
-        self._watch()
+        self.capture.refresh()
         for p in self.module.parameters():
             p.grad = None
         self._release()

@@ -77,8 +77,7 @@ def _measured(term: Term, grams: Grams) -> tuple[Tensor, Tensor]:
                 return _outer(term, grams)
             a, b = _square(left), _square(right)
             sq = a * b
-            extreme = (torch.maximum(a, b) > _LARGE) & (sq > 0)
-            return sq, torch.where(extreme, float("inf"), 0.0)
+            return sq, torch.where(torch.maximum(a, b) > _LARGE, float("inf"), 0.0)
         case Scatter(grad, index, shape):
             sq = _scatter(grad, index, shape[0])
             mass = torch.linalg.vector_norm(grad, dim=2).double().sum(1).square()
@@ -137,7 +136,7 @@ def _outer(term: Outer, grams: Grams) -> tuple[Tensor, Tensor]:
     sizes_l, sizes_r = sizes_l.double(), sizes_r.double()
     floor = (sizes_l * sizes_r).sum(1).square() / (64 * rows)
     big = torch.maximum(sizes_l.amax(1), sizes_r.amax(1)).square() > _LARGE
-    floor = torch.where((big & (floor > 0)) | ~sq.isfinite(), float("inf"), floor)
+    floor = torch.where(big | ~sq.isfinite(), float("inf"), floor)
     return sq, floor
 
 

@@ -28,9 +28,9 @@ _POINTWISE = set(
     "dropout alpha_dropout relu relu6 gelu silu elu leaky_relu hardtanh mish softplus hardswish hardsigmoid "
     "logsigmoid celu selu rrelu softsign tanhshrink threshold softshrink hardshrink to type type_as float double "
     "half bfloat16 long int bool contiguous clone detach data real cpu cuda masked_fill where nan_to_num "
-    "requires_grad_ bernoulli positive rsub float_power fill zero copy div truediv floordiv floor_divide mod "
+    "requires_grad bernoulli positive rsub float_power fill zero copy div truediv floordiv floor_divide mod "
     "remainder iadd isub imul itruediv ne eq lt gt le ge and or xor invert neg abs pow rpow rtruediv radd rmul clip "
-    "multinomial_ normal_ uniform_ feature_alpha_dropout dropout1d dropout2d dropout3d".split()
+    "normal uniform feature_alpha_dropout dropout1d dropout2d dropout3d".split()
 )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sfumato import _validate
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnclippedGradient
 from sfumato.ghost import entry
 from sfumato.ghost.capture import Capture
@@ -35,8 +36,8 @@ class record:
                 found=loss_reduction,
                 where="loss_reduction",
             )
-        self._capture = Capture(model, batch_dim, loss_reduction)
         self._guard = Guard(self._violated)
+        self._capture = Capture(model, batch_dim, loss_reduction, lambda ps: self._guard.watch(ps.items()))
         self._bundle: Bundle | None = None
         self._records = 0
         self._scale = 1.0
@@ -44,7 +45,6 @@ class record:
     def __enter__(self) -> "record":
         entry.install(self._capture)
         self._capture.refresh()
-        self._guard.watch(self._capture.parameters.items())
         self._capture.open(self._complete, None)
         return self
 
@@ -64,6 +64,8 @@ class record:
         )
 
     def _complete(self, tape: Tape) -> None:
+        if not self._capture.live:
+            raise TokenError("backward() of a recording that is over.", fix="call backward() inside the with block.")
         if self._bundle is not None:
             raise TokenError("A second backward inside one record().", fix="sum the losses and call backward once.")
         self._bundle = collect(tape, self._capture.parameters)
@@ -87,6 +89,7 @@ class record:
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
         """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
+        _validate.positive("max_grad_norm", max_grad_norm)
         bundle, parameters = self._terms(), self._capture.parameters
         norms = total_norms(bundle, self._records)
         sums, _ = clipped(bundle, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale)

@@ -28,12 +28,12 @@ _METADATA = set(
     "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
     "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
     "retain_grad _version output_nr is_shared __len__ __bool__ __repr__ "
-    "__format__ __hash__ equal allclose is_same_size _is_view is_signed __contains__ "
+    "__hash__ equal allclose is_same_size _is_view is_signed __contains__ "
     "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
 )
 _SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
-_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__"}
+_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__", "__format__"}
 _COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
@@ -239,7 +239,7 @@ class Capture(TorchFunctionMode):
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation as the mode sees it."""
         name = _name(func)
-        if name in _METADATA:
+        if name in _METADATA and func is not torch.autograd.grad:
             return func(*args, **kwargs)
         operands = list(indexing.tensors(args, kwargs))
         tagged = any(self.tag(t) is not None for t in operands)
@@ -283,7 +283,11 @@ class Capture(TorchFunctionMode):
         written = _written(name, args, kwargs)
         before = None if written is None else self.tag(written)
         out = func(*args, **kwargs)
-        if base == "setitem":
+        if isinstance(several := kwargs.get("out"), (tuple, list)):
+            for tensor in several:
+                self.set_tag(tensor, Unknown(name))
+                self._taint(tensor, Unknown(name))
+        elif base == "setitem":
             self.set_tag(args[0], self._after_setitem(*args))
         elif name == "__set__":
             self.set_tag(args[0], Unknown("data"))
@@ -432,6 +436,13 @@ class Capture(TorchFunctionMode):
             tag = self.tag(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else None
             if isinstance(tag, (Coupled, Unknown)):
                 self.refuse_mixed("the output", tag)
+            if isinstance(tag, Rows) and tag.owner is not None:
+                raise CoupledRecords(
+                    "The rows of an output are not those of the batch in order, so the loss would pair them with labels of "
+                    "other records.",
+                    where=self.where(),
+                    fix="return one row, or one block of rows, for each record, in the order of the batch.",
+                )
         for name, buffer in self.module.named_buffers():
             if self.tag(buffer) is not None:
                 refuse_buffer(name)

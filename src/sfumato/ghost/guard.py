@@ -27,6 +27,10 @@ class Guard:
                 handle = parameter.register_post_accumulate_grad_hook(self._hook(name))
                 self._handles[key] = (parameter, handle)
 
+    def watches(self, parameter: Tensor) -> bool:
+        """Whether a native gradient on this parameter would be noticed."""
+        return id(parameter) in self._handles
+
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._violated(name)
 

@@ -84,12 +84,11 @@ class Session:
         remove(self.capture)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        own = {id(p) for p in self.module.parameters()}
         for p in (p for g in optimizer.param_groups for p in g["params"]):
-            if id(p) not in own and p.grad is not None:
+            if p.grad is not None and not self.guard.watches(p):
                 raise UnsupportedError(
-                    f"The optimizer is about to apply an unclipped gradient to a tensor of shape {tuple(p.shape)}, which "
-                    "is not a parameter of the private module.",
+                    f"The optimizer is about to apply an unclipped gradient to a {tuple(p.shape)} tensor that "
+                    "the private module did not own when its forward ran.",
                     found=tuple(p.shape),
                     where="optimizer",
                     fix="keep foreign parameters in an optimizer of their own.",

@@ -159,11 +159,11 @@ def inner(s: Term, t: Term) -> Tensor:
             return _dot(s.value, t.value)
         case Outer(), Outer() if s.left.shape[2] == t.left.shape[2]:
             return (torch.bmm(s.left, t.left.mT) * torch.bmm(s.right, t.right.mT)).sum((1, 2), dtype=torch.float64)
-        case (Scatter(), Outer()) if t.shape == s.shape:
+        case (Scatter(), Outer()) if t.factors == tuple(s.shape):
             # Σ_{t,s} <grad_t, right_s> · left_s[index_t]: gather, never vocabulary × width
             picked = t.left.gather(2, s.index.unsqueeze(1).expand(-1, t.left.shape[1], -1))  # (B, S, T)
             return (picked * torch.bmm(t.right, s.grad.mT)).sum((1, 2), dtype=torch.float64)
-        case Outer(), Scatter():
+        case (Outer(), Scatter()) if s.factors == tuple(t.shape):
             return inner(t, s)
         case Scatter(), Scatter():
             same = s.index.unsqueeze(2) == t.index.unsqueeze(1)

@@ -38,7 +38,10 @@ def propagate(
     base = clean(name)
     tensors = list(indexing.tensors(args, kwargs))
     tags = [(t, tag) for t in tensors if (tag := tag_of(t)) is not None]
-    if not tags or base in LIKE:
+    if base in LIKE:  # new values of a known shape, unless a record says which
+        filled = any(t is not tensors[0] for t, _ in tags)
+        return _assign(out, Coupled(base)) if filled else []
+    if not tags:
         return []
     blurred = [tag for _, tag in tags if not isinstance(tag, Rows)]
     if blurred:

@@ -67,7 +67,16 @@ def attention(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwarg
 
 def leading(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     """Image operations: the leading axis is untouched."""
-    rows = tag_of(args[0] if args else kwargs["input"])
+    x = args[0] if args else kwargs["input"]
+    rows = tag_of(x)
+    if name == "unfold" and out.dim() == x.dim() + 1:  # Tensor.unfold: windows along one dim
+        dim = (args[1] if len(args) > 1 else kwargs["dimension"]) % x.dim()
+        return rows if isinstance(rows, Rows) and dim != rows.axis else Coupled(name)
+    batched = {"unfold": 4, "fold": 3, "pixel_shuffle": 4, "pixel_unshuffle": 4, "channel_shuffle": 4}.get(name, 0)
+    if name.startswith("conv"):
+        batched = (args[1] if len(args) > 1 else kwargs["weight"]).dim()
+    if x.dim() < batched:  # an unbatched image: what looks like records are its channels
+        return Coupled(name)
     others = [t for t in indexing.tensors(args[1:], kwargs) if tag_of(t) is not None]
     if isinstance(rows, Rows) and rows.axis == 0 and not others:
         return rows

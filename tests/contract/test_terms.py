@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Terms: every operation equals the same operation on the materialised gradient."""
 
 from itertools import product
@@ -6,7 +7,19 @@ import pytest
 import torch
 
 from sfumato.terms import (
-    Conv, ConvSpec, Dense, Outer, Scatter, batch_size, inner, keep, materialize, merge, select, sq_norms, weighted_sum,
+    Conv,
+    ConvSpec,
+    Dense,
+    Outer,
+    Scatter,
+    batch_size,
+    inner,
+    keep,
+    materialize,
+    merge,
+    select,
+    sq_norms,
+    weighted_sum,
 )  # fmt: skip
 from sfumato.terms.norms import measured
 
@@ -19,7 +32,9 @@ def outer(rows=4, p=6, d=5, shape=None, records=B, dtype=torch.float64):
 
 
 def scatter(rows=4, records=B, shape=(6, 5)):
-    return Scatter(R(records, rows, shape[1], dtype=torch.float64), torch.randint(0, shape[0], (records, rows)), torch.Size(shape))
+    return Scatter(
+        R(records, rows, shape[1], dtype=torch.float64), torch.randint(0, shape[0], (records, rows)), torch.Size(shape)
+    )
 
 
 def dense(shape=(6, 5), records=B):
@@ -30,8 +45,12 @@ def conv(images=1, records=B, transposed=False, groups=1, stride=1, side=6):
     weight = R(4, 2 // groups if not transposed else 2, 3, dtype=torch.float64)
     spec = ConvSpec((stride,), (1,), (1,), transposed, (0,), groups)
     x = R(records * images, 4 if transposed else 2, side, dtype=torch.float64)
-    out = torch.convolution(x, weight, None, spec.stride, spec.padding, spec.dilation, transposed, spec.output_padding, groups)
-    return Conv(R(records, images, *out.shape[1:], dtype=torch.float64), x.view(records, images, *x.shape[1:]), weight, spec)
+    out = torch.convolution(
+        x, weight, None, spec.stride, spec.padding, spec.dilation, transposed, spec.output_padding, groups
+    )
+    return Conv(
+        R(records, images, *out.shape[1:], dtype=torch.float64), x.view(records, images, *x.shape[1:]), weight, spec
+    )
 
 
 TERMS = {
@@ -67,7 +86,9 @@ def definition(term):
     rows, s = [], term.spec
     for b in range(term.grad.shape[0]):
         weight = term.weight.clone().requires_grad_()
-        out = torch.convolution(term.input[b], weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups)
+        out = torch.convolution(
+            term.input[b], weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups
+        )
         rows.append(torch.autograd.grad((out * term.grad[b]).sum(), weight)[0])
     return torch.stack(rows)
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Propagation against a judge: perturb one record and see which elements of the output move.
 
 Wherever propagation names rows, exactly the elements of a record may depend on that record. Coupled and Unknown are
@@ -6,13 +7,13 @@ always allowed; the last test keeps that from becoming an excuse.
 
 import pytest
 import torch
+from tests.oracle.oracle import Net
 from torch import nn
 from torch.nn import functional as F
 
 import sfumato as sf
 from sfumato.ghost import Capture, install, remove
 from sfumato.ghost.rows import Reduced, Rows, owners
-from tests.oracle.oracle import Net
 
 B, T = 4, 4  # as many positions as records: a guess by shape would be found out
 PERM = torch.tensor([2, 0, 3, 1])
@@ -129,7 +130,9 @@ TREACHEROUS = {
     "isin": lambda x: torch.isin(x.round(), x[0].round()).double(),
     "searchsorted": lambda x: torch.searchsorted(x[0, 0].sort()[0], x.contiguous()).double(),
     "instance norm of records": lambda x: F.instance_norm(x.transpose(0, 1)),
-    "batch of attention": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1)),
+    "batch of attention": lambda x: F.scaled_dot_product_attention(
+        x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1)
+    ),
 }
 
 
@@ -202,13 +205,26 @@ def test_never_wrong(name):
     truthful(*result)
 
 
-@pytest.mark.parametrize("op", [lambda x: x.sum(), lambda x: x.mean(0), lambda x: x.sum((0, 1)) * 3 - 1, lambda x: -x.mean() / 2])
+@pytest.mark.parametrize(
+    "op", [lambda x: x.sum(), lambda x: x.mean(0), lambda x: x.sum((0, 1)) * 3 - 1, lambda x: -x.mean() / 2]
+)
 def test_sums_of_records_are_reduced(op):
     tag, *_ = tag_and_influence(op)
     assert isinstance(tag, Reduced)
 
 
-@pytest.mark.parametrize("op", [lambda x: x.mean().exp(), lambda x: x.mean(0) ** 2, lambda x: x.sum() * x.mean(), lambda x: x.sum() / x.abs().sum(), lambda x: 1 / x.sum(), lambda x: x.prod(0), lambda x: x.amax(0)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: x.mean().exp(),
+        lambda x: x.mean(0) ** 2,
+        lambda x: x.sum() * x.mean(),
+        lambda x: x.sum() / x.abs().sum(),
+        lambda x: 1 / x.sum(),
+        lambda x: x.prod(0),
+        lambda x: x.amax(0),
+    ],
+)
 def test_other_functions_of_sums_are_not(op):
     tag, *_ = tag_and_influence(op)
     assert tag is not None

@@ -72,7 +72,12 @@ def test_by_record_collects_exactly_the_rows_of_each_record(data):
     records, rows, shape = data.draw(tagged())
     explicit = data.draw(st.booleans())
     if explicit:
-        rows = Rows(rows.axis, owner=torch.tensor(data.draw(st.lists(st.integers(0, records - 1), min_size=shape[rows.axis], max_size=shape[rows.axis]))))
+        rows = Rows(
+            rows.axis,
+            owner=torch.tensor(
+                data.draw(st.lists(st.integers(0, records - 1), min_size=shape[rows.axis], max_size=shape[rows.axis]))
+            ),
+        )
     features = data.draw(st.integers(0, len(shape) - rows.axis - 1))
     x = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
     grouped = by_record(x, rows, records, features)

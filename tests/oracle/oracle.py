@@ -59,7 +59,9 @@ def per_record(out: Any) -> Tensor:
     for leaf in leaves(out):
         if leaf.is_floating_point():
             x = leaf if leaf.dim() > 1 else leaf.unsqueeze(1)
-            slope = torch.linspace(0.5, 1.5, x[0].numel() if len(x) else 1, dtype=x.dtype).reshape(x.shape[1:] if len(x) else ())
+            slope = torch.linspace(0.5, 1.5, x[0].numel() if len(x) else 1, dtype=x.dtype).reshape(
+                x.shape[1:] if len(x) else ()
+            )
             total = total + ((x.square() + x) * slope).sum(tuple(range(1, x.dim())))
     return total
 
@@ -140,7 +142,9 @@ def microbatch_of_one(model: nn.Module, inputs: Any, loss: Loss, dim: int = 0) -
         named = {n: p for n, p in one.named_parameters() if p.requires_grad}
         value = loss(call(one, record_of(inputs, b, dim))).sum()
         grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(named.values(), grads, strict=True)])
+        rows.append(
+            [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(named.values(), grads, strict=True)]
+        )
     names = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return {
         n: torch.stack([row[k] for row in rows]) if rows else p.detach().new_zeros(0, *p.shape)
@@ -158,7 +162,9 @@ def recorded(model: nn.Module, inputs: Any, loss: Loss = per_record, reduction: 
 
 
 def sq_norms(grads: dict[str, Tensor]) -> Tensor:
-    return torch.stack([g.double().reshape(len(g), math.prod(g.shape[1:])).square().sum(1) for g in grads.values()]).sum(0)
+    return torch.stack(
+        [g.double().reshape(len(g), math.prod(g.shape[1:])).square().sum(1) for g in grads.values()]
+    ).sum(0)
 
 
 def clipped_sums(grads: dict[str, Tensor], bound: float) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Convolutions and transposed convolutions of one to three dimensions, in every option."""
 
 import pytest
 import torch
+from tests.oracle.oracle import B, Net, R, case, check, matrix
 from torch import nn
 from torch.nn import functional as F
-
-from tests.oracle.oracle import B, Net, R, case, check, matrix
 
 SIDES = {1: (9,), 2: (7, 8), 3: (4, 5, 4)}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -1,10 +1,10 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Embeddings and normalisation layers."""
 
 import torch
+from tests.oracle.oracle import B, Net, R, case, check, matrix
 from torch import nn
 from torch.nn import functional as F
-
-from tests.oracle.oracle import B, Net, R, case, check, matrix
 
 ids = lambda *shape, high=6: torch.randint(0, high, shape)  # noqa: E731
 repeated = lambda: (torch.tensor([[1, 1, 1], [0, 1, 0], [5, 5, 2], [2, 3, 4]]),)  # noqa: E731

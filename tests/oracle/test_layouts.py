@@ -1,10 +1,10 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Where the records lie: other layouts, T == B, flattened and folded axes, windows, masks, gathers, reuse."""
 
 import torch
+from tests.oracle.oracle import B, Net, R, Shared, case, check, matrix
 from torch import nn
 from torch.nn import functional as F
-
-from tests.oracle.oracle import B, Net, R, Shared, case, check, matrix
 
 
 def model(name, forward, inputs=lambda: (R(B, 3, 5),), tier="rule", **more):

@@ -1,10 +1,10 @@
+# ruff: noqa: E501  (tables of one-line models)
 """Linear layers of any rank, and every spelling of a product with a weight on either side."""
 
 import torch
+from tests.oracle.oracle import B, Net, R, case, check, matrix
 from torch import nn
 from torch.nn import functional as F
-
-from tests.oracle.oracle import B, Net, R, case, check, matrix
 
 LINEAR = [
     case(f"rank{len(shape)}-bias{bias}-{reduction}", lambda shape=shape, bias=bias: nn.Linear(5, 7, bias=bias),

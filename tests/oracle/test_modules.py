@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables of one-line models)
 """torch's own layers, nested calls, checkpointing, odd inputs and outputs, empty and single records, low precision."""
 
 import copy
@@ -5,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.oracle.oracle import B, Net, R, agree, case, check, leaves, matrix, microbatch_of_one, per_record
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import sfumato as sf
-from tests.oracle.oracle import B, Net, R, agree, case, check, leaves, matrix, microbatch_of_one, per_record, recorded
 
 attention = lambda **o: nn.MultiheadAttention(4, 2, **o)  # noqa: E731
 encoder = lambda **o: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, **o)  # noqa: E731
@@ -101,7 +102,18 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_outputs(name):
-    check(case("", lambda: Net(lambda s, x: OUTPUTS[name](s.l(x)), l=nn.Linear(4, 4)), X, loss=lambda o: sum(per_record(v) for v in leaves(o) if v is not None) if name != "dataclass" else per_record(o.logits), same_forward=name != "dataclass").values[0], torch.float64)
+    check(
+        case(
+            "",
+            lambda: Net(lambda s, x: OUTPUTS[name](s.l(x)), l=nn.Linear(4, 4)),
+            X,
+            loss=lambda o: (
+                sum(per_record(v) for v in leaves(o) if v is not None) if name != "dataclass" else per_record(o.logits)
+            ),
+            same_forward=name != "dataclass",
+        ).values[0],
+        torch.float64,
+    )
 
 
 def test_submodules_called_from_the_loop():
@@ -128,7 +140,14 @@ def test_two_forwards_one_backward():
     x, y = R(B, 5).double(), R(B, 5).double()
     with sf.record(model) as tape:
         (per_record(model(x)).mean() + per_record(model(y)).mean()).backward()
-    want = {n: g + h for (n, g), h in zip(microbatch_of_one(model, (x,), per_record).items(), microbatch_of_one(model, (y,), per_record).values(), strict=True)}
+    want = {
+        n: g + h
+        for (n, g), h in zip(
+            microbatch_of_one(model, (x,), per_record).items(),
+            microbatch_of_one(model, (y,), per_record).values(),
+            strict=True,
+        )
+    }
     agree(tape, want, 1e-9)
 
 
@@ -149,12 +168,29 @@ def test_a_forward_without_backward_and_an_evaluation_leave_no_trace():
 EMPTY = {
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2)), (5,)),
     "sequence": (lambda: nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 2)), (3, 5)),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 2)), (1, 4, 4)),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 2)),
+        (1, 4, 4),
+    ),
     "transposed convolution": (lambda: nn.ConvTranspose1d(2, 3, 2), (2, 4)),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (3, 4)),
-    "flattened": (lambda: Net(lambda s, x: s.l(x.reshape(-1, 5)).view(x.shape[0], 3, 5).mean(1), l=nn.Linear(5, 5)), (3, 5)),
-    "token": (lambda: Net(lambda s, x: s.h(torch.cat([s.c.expand(x.shape[0], -1, -1), x], 1) + s.p), h=nn.Linear(5, 5), c=(1, 1, 5), p=(4, 5)), (3, 5)),
-    "folded heads": (lambda: Net(lambda s, x: s.l(x.view(x.shape[0] * 2, 2, 5)).view(x.shape[0], 4, 5), l=nn.Linear(5, 5)), (4, 5)),
+    "flattened": (
+        lambda: Net(lambda s, x: s.l(x.reshape(-1, 5)).view(x.shape[0], 3, 5).mean(1), l=nn.Linear(5, 5)),
+        (3, 5),
+    ),
+    "token": (
+        lambda: Net(
+            lambda s, x: s.h(torch.cat([s.c.expand(x.shape[0], -1, -1), x], 1) + s.p),
+            h=nn.Linear(5, 5),
+            c=(1, 1, 5),
+            p=(4, 5),
+        ),
+        (3, 5),
+    ),
+    "folded heads": (
+        lambda: Net(lambda s, x: s.l(x.view(x.shape[0] * 2, 2, 5)).view(x.shape[0], 4, 5), l=nn.Linear(5, 5)),
+        (4, 5),
+    ),
     "rule-less": (lambda: Net(lambda s, x: torch.cdist(s.l(x), s.w), l=nn.Linear(5, 5), w=(3, 5)), (5,)),
     "elementwise": (lambda: Net(lambda s, x: s.l(x) * s.g + s.g, l=nn.Linear(5, 5), g=(5,)), (5,)),
     "derived": (lambda: Net(lambda s, x: F.linear(x, s.a @ s.a), a=(5, 5)), (5,)),
@@ -188,9 +224,24 @@ def test_a_single_record(name, positions):
 LOW = {
     "mlp": (lambda: nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)), (16,)),
     "sequence": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 4)), (5, 16)),
-    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)), (3, 6, 6)),
-    "bare": (lambda: Net(lambda s, x: s.l(x * s.g + s.p[: x.shape[1]]), l=nn.Linear(16, 4), g=(16,), p=(9, 16)), (5, 16)),
-    "token": (lambda: Net(lambda s, x: s.l(torch.cat([s.c.expand(x.shape[0], -1, -1), x], 1)).mean(1), l=nn.Linear(16, 4), c=(1, 1, 16)), (5, 16)),
+    "convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)
+        ),
+        (3, 6, 6),
+    ),
+    "bare": (
+        lambda: Net(lambda s, x: s.l(x * s.g + s.p[: x.shape[1]]), l=nn.Linear(16, 4), g=(16,), p=(9, 16)),
+        (5, 16),
+    ),
+    "token": (
+        lambda: Net(
+            lambda s, x: s.l(torch.cat([s.c.expand(x.shape[0], -1, -1), x], 1)).mean(1),
+            l=nn.Linear(16, 4),
+            c=(1, 1, 16),
+        ),
+        (5, 16),
+    ),
 }
 
 
@@ -239,11 +290,19 @@ def test_frozen_between_two_recordings():
 
 def test_nothing_stays_behind():
     model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
-    before = [set(vars(m)) for m in model.modules()], [set(vars(p)) for p in model.parameters()], list(model.state_dict())
+    before = (
+        [set(vars(m)) for m in model.modules()],
+        [set(vars(p)) for p in model.parameters()],
+        list(model.state_dict()),
+    )
     with sf.record(model):
         twin = copy.deepcopy(model)
         model(R(B, 5)).sum().backward()
-    after = [set(vars(m)) for m in model.modules()], [set(vars(p)) for p in model.parameters()], list(model.state_dict())
+    after = (
+        [set(vars(m)) for m in model.modules()],
+        [set(vars(p)) for p in model.parameters()],
+        list(model.state_dict()),
+    )
     assert before == after
     twin(R(B, 5)).sum().backward()
     assert all(p.grad is not None for p in twin.parameters())

@@ -1,6 +1,6 @@
 """Per-sample gradients of any model, in one backward: capture, rules, tape, fallback ladder."""
 
-from sfumato.ghost.capture import Capture, storages
+from sfumato.ghost.capture import Capture
 from sfumato.ghost.clip import Norms, clipped, total_norms, wide_dtype
 from sfumato.ghost.entry import install, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
@@ -21,7 +21,6 @@ __all__ = [
     "record",
     "refuse_batch_statistics",
     "remove",
-    "storages",
     "total_norms",
     "wide_dtype",
 ]

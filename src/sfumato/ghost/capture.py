@@ -12,16 +12,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
+from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import indexing, rules
 from sfumato.ghost.functions import RowsFn, SpreadFn, Use
 from sfumato.ghost.propagation import clean, is_pointwise, propagate
 from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown, owners
 from sfumato.ghost.rules import NoRule
 from sfumato.ghost.tape import Tape
-from sfumato.ghost.targets import Derived, Param, Target
+from sfumato.ghost.targets import RESHAPES, SWAPS, Derived, Param, Target, derive_from
+from sfumato.ghost.writes import after_setitem, place, same, storage, taint, written_by
 
 _METADATA = set(
     "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
@@ -31,10 +31,7 @@ _METADATA = set(
     "__hash__ equal allclose is_same_size _is_view is_signed __contains__ "
     "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
 )
-_SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
-_RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
 _ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__", "__format__"}
-_COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -64,14 +61,14 @@ class Capture(TorchFunctionMode):
         self.live = False  # a tape is wanted
         self.suspended = False  # inside a lower tier: operations run natively
         self.path: list[str] = []
-        self._constant: set[tuple[str, int]] = set()  # inputs known to carry no records
+        self.constant: set[tuple[str, int]] = set()  # inputs known to carry no records
         self.loaded: set[int] = set()  # storages of the batch that the private loader yielded
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
-        self._tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
-        self._places: dict[tuple[object, ...], Tag] = {}  # tags by memory, for what a recomputation hands back
-        self._tainted: dict[int, Tag] = {}  # storages written to behind the back of their tags
+        self.tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
+        self.places: dict[tuple[object, ...], Tag] = {}  # tags by memory, for what a recomputation hands back
+        self.tainted: dict[int, Tag] = {}  # storages written to behind the back of their tags
         self._stale: dict[int, weakref.ref[Tensor]] = {}  # tensors of an earlier batch that are still alive
         self._derived: dict[int, Derived] = {}
         self._tape: Tape | None = None
@@ -100,11 +97,18 @@ class Capture(TorchFunctionMode):
         self.live = False
         self._tape = None
         self._stale = {k: r for k, r in self._stale.items() if r() is not None}
-        self._stale |= {k: r for k, (r, _) in self._tags.items() if r() is not None}
-        self._tags.clear()
-        self._tainted.clear()
-        self._places.clear()
+        self._stale |= {k: r for k, (r, _) in self.tags.items() if r() is not None}
+        self.tags.clear()
+        self.tainted.clear()
+        self.places.clear()
         self._derived.clear()
+
+    def load(self, batch: object) -> None:
+        """Note the tensors of a drawn batch: records even if their objects were seen in an earlier one."""
+        tensors = list(indexing.deep_tensors(batch))
+        self.loaded = {storage(t) for t in tensors}
+        for t in tensors:
+            self._stale.pop(id(t), None)
 
     def refresh(self) -> None:
         """Read the trainable parameters again: freezing, unfreezing and new heads take effect at the next forward."""
@@ -119,68 +123,6 @@ class Capture(TorchFunctionMode):
             )
         self.on_refresh(self.parameters)
 
-    def admit(self, door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tag the records among the inputs of the module ``door``; everything else is a constant."""
-        slots = list(enumerate(indexing.deep_tensors((args, kwargs))))
-        if torch._C._current_graph_task_id() != -1:
-            # Checkpointing kept the input's memory alive, but hands it back as another tensor.
-            for _, t in slots:
-                if (tag := self._places.get(_place(t))) is not None and self.tag(t) is None:
-                    self.set_tag(t, tag)
-        if any(self.tag(t) is not None for _, t in slots):
-            return
-        # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
-        slots = [(i, t) for i, t in slots if (door, i) not in self._constant and self.target(t) is None]
-        dims = [t for _, t in slots if t.dim() > self.batch_dim]
-        if self.tape.records is None:
-            if self.expected is not None:
-                self.tape.records = self.expected
-            elif dims:
-                self.tape.records = dims[0].shape[self.batch_dim]
-            else:
-                raise UnknownBatchAxis(
-                    "The model was called without a tensor that has a batch axis.", where=self.where()
-                )
-        carriers = [t for t in dims if t.shape[self.batch_dim] == self.records]
-        if not carriers:
-            raise RowsMismatch(
-                f"The batch has {self.records} records, but the model got tensors of shape "
-                f"{[tuple(t.shape) for t in dims]} with records on axis {self.batch_dim}; a row without a record of "
-                "its own cannot be clipped.",
-                found=[tuple(t.shape) for t in dims],
-                where=self.where(),
-                fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
-            )
-        self._constant |= {
-            (door, i) for i, t in slots if t.dim() <= self.batch_dim or t.shape[self.batch_dim] != self.records
-        }
-        for _, tensor in slots:
-            if _storage(tensor) in self.loaded and not any(tensor is t for t in carriers):
-                self.set_tag(tensor, Unknown("an input with other rows than records"))
-        for tensor in carriers:
-            self._refuse_transposed(tensor)
-            self.set_tag(tensor, Rows(self.batch_dim))
-
-    def _refuse_transposed(self, x: Tensor) -> None:
-        """A transposed batch with T == B has the right size on the wrong axis; its strides give it away."""
-        axis, records = self.batch_dim, self.records
-        if records < 2 or x.numel() == 0 or axis != 0:  # another axis than the first was declared on purpose
-            return
-        # An activation that left the capture may come back with any of its axes first.
-        twins = [
-            k
-            for k in range(x.dim())
-            if k != axis and x.shape[k] == records and (x.stride(k) > x.stride(axis) > 0 or x.grad_fn is not None)
-        ]
-        if twins:
-            raise UnknownBatchAxis(
-                f"An input of shape {tuple(x.shape)} and strides {tuple(x.stride())} looks transposed: axis {axis} and "
-                f"axis {twins[0]} both have {records} entries.",
-                found=tuple(x.stride()),
-                where=self.where(),
-                fix=f"pass batch_dim={twins[0]}, or .contiguous() if axis {axis} does hold the records.",
-            )
-
     def parameter_tiers(self) -> dict[str, str]:
         """{parameter: the tier that computes its per-sample gradient}."""
         return {
@@ -191,17 +133,17 @@ class Capture(TorchFunctionMode):
     # -- what a tensor is -----------------------------------------------------------------------------------------
 
     def tag(self, value: object) -> Tag | None:
-        entry = self._tags.get(id(value))
+        entry = self.tags.get(id(value))
         if entry is not None and entry[0]() is value:
             return entry[1]
-        if self._tainted and isinstance(value, Tensor):
-            return self._tainted.get(_storage(value))
+        if self.tainted and isinstance(value, Tensor):
+            return self.tainted.get(storage(value))
         stale = self._stale.get(id(value))
         return Coupled("an earlier batch") if stale is not None and stale() is value else None
 
     def set_tag(self, value: Tensor, tag: Tag) -> None:
-        self._tags[id(value)] = (weakref.ref(value), tag)
-        self._places[_place(value)] = tag
+        self.tags[id(value)] = (weakref.ref(value), tag)
+        self.places[place(value)] = tag
 
     def tagged(self, value: Any, rows: Rows) -> Any:
         for t in (value,) if isinstance(value, Tensor) else value or ():
@@ -280,26 +222,26 @@ class Capture(TorchFunctionMode):
                 where=self.where(),
                 fix="remove register_hook from the forward.",
             )
-        written = _written(name, args, kwargs)
+        written = written_by(name, args, kwargs)
         before = None if written is None else self.tag(written)
         out = func(*args, **kwargs)
         if isinstance(several := kwargs.get("out"), (tuple, list)):
             for tensor in several:
                 self.set_tag(tensor, Unknown(name))
-                self._taint(tensor, Unknown(name))
+                taint(self, tensor, Unknown(name))
         elif base == "setitem":
-            self.set_tag(args[0], self._after_setitem(*args))
+            self.set_tag(args[0], after_setitem(self, *args))
         elif name == "__set__":
             self.set_tag(args[0], Unknown("data"))
-        elif name.endswith("_") and not name.startswith("_") and base in _SWAPS | _RESHAPES:
+        elif name.endswith("_") and not name.startswith("_") and base in SWAPS | RESHAPES:
             self.set_tag(out, Unknown(name))
         else:
             for tensor, tag in propagate(name, self.tag, self.tape.records or 0, args, kwargs, out):
                 self.set_tag(tensor, self._fitting(tensor, tag, base))
         if written is not None and (out is written or base in ("setitem", "set") or "out" in kwargs):
             after = self.tag(written)
-            if not isinstance(after, Rows) or not isinstance(before, Rows) or not _same(before, after):
-                self._taint(written, after)
+            if not isinstance(after, Rows) or not isinstance(before, Rows) or not same(before, after):
+                taint(self, written, after)
         return out
 
     def _fitting(self, tensor: Tensor, tag: Tag, name: str) -> Tag:
@@ -310,66 +252,20 @@ class Capture(TorchFunctionMode):
         fits = 0 <= tag.axis < tensor.dim() and tensor.shape[tag.axis] == rows
         return tag if fits else Unknown(name)
 
-    def _taint(self, written: Tensor, after: Tag | None) -> None:
-        """What else looks at this storage has changed without an operation of its own."""
-        storage = _storage(written)
-        mixed = isinstance(after, (Coupled, Reduced))
-        self._tainted[storage] = (Coupled if mixed else Unknown)("a write through another view")
-        for key, (ref, _) in list(self._tags.items()):
-            other = ref()
-            if other is not None and other is not written and _storage(other) == storage:
-                self._tags[key] = (ref, self._tainted[storage])
-
-    def _after_setitem(self, x: Tensor, index: Any, value: Any) -> Tag:
-        """The tag of x after x[index] = value."""
-        own, tag = self.tag(x), self.tag(value)
-        items = index if isinstance(index, tuple) else (index,)
-        picks = [t for t in indexing.tensors(items) if self.tag(t) is not None]
-        if own is not None and tag is None:
-            aligned = all(t.dtype == torch.bool and _same(self.tag(t), own) for t in picks)
-            return own if aligned else Unknown("setitem")
-        if picks:
-            return Unknown("setitem")
-        probe = torch.zeros((), device=x.device).expand(x.shape)
-        if own is not None:
-            self.set_tag(probe, own)
-        region = self.call(Tensor.__getitem__, probe, index) if own is not None else probe[index]
-        if not isinstance(tag, Rows):
-            return tag if isinstance(tag, Unknown) else Coupled("setitem")
-        if own is not None:
-            place = self.tag(region)
-            aligned = _same(place, tag.at(tag.axis + region.dim() - value.dim()))
-            return own if aligned or self.records == 1 else Coupled("setitem")
-        if any(i is None or isinstance(i, (Tensor, list)) for i in items):
-            return Unknown("setitem")
-        if Ellipsis in items:
-            at = items.index(Ellipsis)
-            items = (*items[:at], *[slice(None)] * (x.dim() - len(items) + 1), *items[at + 1 :])
-        kept = [k for k in range(x.dim()) if k >= len(items) or isinstance(items[k], slice)]
-        axis = kept[tag.axis + region.dim() - value.dim()]
-        return tag.at(axis) if x.shape[axis] == value.shape[tag.axis] else Unknown("setitem")
-
     def _targets_only(
         self, func: Any, name: str, args: Any, kwargs: Any, operands: list[Tensor], targets: list[Target]
     ) -> Any:
         if any(t.requires_grad and self.target(t) is None for t in operands):
             raise NoRule(clean(name), "an operand carries gradients but no known record axis")
-        written = _written(name, args, kwargs)
+        written = written_by(name, args, kwargs)
         if written is not None and self.target(written) is not None:
             raise NoRule(name, "a write into a parameter or a tensor derived from one")
         out = func(*args, **kwargs)
         if written is not None and clean(name) in ("setitem", "set"):
             out = written
-        source = targets[0] if len(targets) == 1 else None
         for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
-                derived = _derived(tensor, clean(name), targets, source)
-                plain = (clean(name) == "embedding" and len(args) + len(kwargs) == 2) or (
-                    len(args) > 2 and args[2] is None
-                )
-                if plain and isinstance(source, Param) and clean(name) == "embedding":
-                    derived = Derived(tensor, derived.names, source, index=args[0])
-                self._derived[id(tensor)] = derived
+                self._derived[id(tensor)] = derive_from(tensor, clean(name), targets, args)
         return out
 
     def derive(self, name: str, value: Tensor, *args: Any) -> Tensor:
@@ -429,86 +325,3 @@ class Capture(TorchFunctionMode):
             where=self.where(),
             fix="compute it for each record on its own.",
         )
-
-    def check_output(self, out: Any) -> None:
-        """What leaves the model with a gradient is per record, or a plain sum or mean of them; nothing stays behind."""
-        for tensor in tree_leaves(out):
-            tag = self.tag(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else None
-            if isinstance(tag, (Coupled, Unknown)):
-                self.refuse_mixed("the output", tag)
-            if isinstance(tag, Rows) and tag.owner is not None:
-                raise CoupledRecords(
-                    "The rows of an output are not those of the batch in order, so the loss would pair them with labels of "
-                    "other records.",
-                    where=self.where(),
-                    fix="return one row, or one block of rows, for each record, in the order of the batch.",
-                )
-        for name, buffer in self.module.named_buffers():
-            if self.tag(buffer) is not None:
-                refuse_buffer(name)
-        for name, parameter in self.module.named_parameters():
-            if self._tainted and _storage(parameter) in self._tainted:
-                refuse_buffer(name)
-
-
-def refuse_buffer(name: str) -> NoReturn:
-    """State that the forward writes is published with the model, without noise."""
-    raise UnsupportedError(
-        f"The forward writes values of private records into {name}, which the model publishes un-noised.",
-        where=name,
-        fix="do not update it during private training (running statistics, moving averages, memory banks).",
-    )
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else -id(tensor)
-
-
-def _place(tensor: Tensor) -> tuple[object, ...]:
-    return (
-        (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-        if not tensor.is_meta
-        else (id(tensor),)
-    )
-
-
-def storages(batch: object) -> set[int]:
-    """Storages of all tensors in a batch."""
-    return {_storage(t) for t in indexing.deep_tensors(batch)}
-
-
-def _same(a: Tag | None, b: Tag | None) -> bool:
-    return isinstance(a, Rows) and isinstance(b, Rows) and a.axis == b.axis and a.same_owners(b)
-
-
-def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor that an operation writes into, if any."""
-    out = kwargs.get("out")
-    if isinstance(out, Tensor):
-        return out
-    in_place = name == "__set__" or name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))
-    if (in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))) and args:
-        return args[0] if isinstance(args[0], Tensor) else None
-    return None
-
-
-def _derived(tensor: Tensor, name: str, targets: list[Target], source: Target | None) -> Derived:
-    names = tuple(dict.fromkeys(n for t in targets for n in ((t.name,) if isinstance(t, Param) else t.names)))
-    if source is None:
-        return Derived(tensor, names)
-    shape = source.tensor.shape
-    if (
-        name in _SWAPS
-        and len(shape) == 2
-        and tensor.shape == shape[::-1]
-        and tensor.stride() == source.tensor.stride()[::-1]
-    ):
-        return Derived(tensor, names, source, swapped=True)
-    if name in _RESHAPES and tensor.numel() == source.tensor.numel():
-        return Derived(tensor, names, source, reshaped=True)
-    if name in _COPIES:
-        lead = tensor.dim() - len(shape)
-        copies = tuple(k for k in range(tensor.dim()) if k < lead or shape[k - lead] == 1)
-        if all(tensor.shape[k] == shape[k - lead] for k in range(tensor.dim()) if k not in copies):
-            return Derived(tensor, names, source, copies=copies)
-    return Derived(tensor, names)

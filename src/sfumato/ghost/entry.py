@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from sfumato.errors import SfumatoError, UnsupportedError
+from sfumato.ghost.admission import admit, check_output
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.fallback import TIERS, judge
 from sfumato.ghost.rules import NoRule
@@ -38,7 +39,7 @@ class _Forward:
             _refuse_reentrant_checkpoint(self.name)
         c.refresh()
         with c:
-            c.admit(self.name, args, kwargs)
+            admit(c, self.name, args, kwargs)
             return self._run(args, kwargs, outermost=True)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], outermost: bool = False) -> Any:
@@ -55,7 +56,7 @@ class _Forward:
                         out = TIERS[tier](c, self.module, args, kwargs)
                         c.tiers[self.name] = tier
                     if outermost:
-                        c.check_output(out)
+                        check_output(c, out)
                     return out
                 except NoRule as reason:
                     tier = self._lower(tier, reason, outermost)

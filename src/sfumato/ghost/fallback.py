@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import indexing
-from sfumato.ghost.capture import Capture, refuse_buffer
+from sfumato.ghost.admission import refuse_buffer
+from sfumato.ghost.capture import Capture
 from sfumato.ghost.rows import Reduced, Rows
 from sfumato.ghost.rules import NoRule
 

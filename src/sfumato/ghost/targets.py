@@ -61,3 +61,34 @@ def settle(target: Target, term: Term) -> tuple[Target, Term]:
                 break
         target = base
     return target, term
+
+
+SWAPS = {"t", "T", "mT", "transpose", "swapaxes", "swapdims", "adjoint", "H", "mH", "permute"}
+RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "ravel", "view_as"}
+_COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
+
+
+def derive_from(tensor: Tensor, name: str, targets: list[Target], args: tuple[object, ...]) -> Derived:
+    """What ``name(*args) -> tensor`` makes of parameters: with the shortcut past autograd, where there is one."""
+    source = targets[0] if len(targets) == 1 else None
+    names = tuple(dict.fromkeys(n for t in targets for n in ((t.name,) if isinstance(t, Param) else t.names)))
+    if source is None:
+        return Derived(tensor, names)
+    if name == "embedding" and isinstance(source, Param) and (len(args) == 2 or (len(args) > 2 and args[2] is None)):
+        return Derived(tensor, names, source, index=args[0])  # type: ignore[arg-type]
+    shape = source.tensor.shape
+    if (
+        name in SWAPS
+        and len(shape) == 2
+        and tensor.shape == shape[::-1]
+        and tensor.stride() == source.tensor.stride()[::-1]
+    ):
+        return Derived(tensor, names, source, swapped=True)
+    if name in RESHAPES and tensor.numel() == source.tensor.numel():
+        return Derived(tensor, names, source, reshaped=True)
+    if name in _COPIES:
+        lead = tensor.dim() - len(shape)
+        copies = tuple(k for k in range(tensor.dim()) if k < lead or shape[k - lead] == 1)
+        if all(tensor.shape[k] == shape[k - lead] for k in range(tensor.dim()) if k not in copies):
+            return Derived(tensor, names, source, copies=copies)
+    return Derived(tensor, names)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfumato.accounting import Budget, Ledger, max_steps
 from sfumato.errors import PrivacyError, TokenError, UnclippedGradient, UnsupportedError
-from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, storages, total_norms, wide_dtype
+from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, total_norms, wide_dtype
 from sfumato.noise import Research, Secure
 from sfumato.plan import Plan
 from sfumato.sampling import Poisson
@@ -102,7 +102,7 @@ class Session:
             self.abandon()
         self.capture.refresh()
         token.tape = self.capture.open(self._complete, token.size)
-        self.capture.loaded = storages(batch)
+        self.capture.load(batch)
         self._token = token
 
     def abandon(self) -> None:

@@ -1,0 +1,105 @@
+"""The doors of a model: which inputs carry records, and what may leave or stay behind."""
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
+from sfumato.ghost import indexing
+from sfumato.ghost.rows import Coupled, Rows, Unknown
+from sfumato.ghost.writes import place, storage
+
+if TYPE_CHECKING:
+    from sfumato.ghost.capture import Capture
+
+
+def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tag the records among the inputs of the module ``door``; everything else is a constant."""
+    slots = list(enumerate(indexing.deep_tensors((args, kwargs))))
+    if torch._C._current_graph_task_id() != -1:
+        # Checkpointing kept the input's memory alive, but hands it back as another tensor.
+        for _, t in slots:
+            if (tag := c.places.get(place(t))) is not None and c.tag(t) is None:
+                c.set_tag(t, tag)
+    if any(c.tag(t) is not None for _, t in slots):
+        return
+    # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
+    slots = [(i, t) for i, t in slots if (door, i) not in c.constant and c.target(t) is None]
+    dims = [t for _, t in slots if t.dim() > c.batch_dim]
+    if c.tape.records is None:
+        if c.expected is not None:
+            c.tape.records = c.expected
+        elif dims:
+            c.tape.records = dims[0].shape[c.batch_dim]
+        else:
+            raise UnknownBatchAxis("The model was called without a tensor that has a batch axis.", where=c.where())
+    carriers = [t for t in dims if t.shape[c.batch_dim] == c.records]
+    if not carriers:
+        raise RowsMismatch(
+            f"The batch has {c.records} records, but the model got tensors of shape "
+            f"{[tuple(t.shape) for t in dims]} with records on axis {c.batch_dim}; a row without a record of "
+            "its own cannot be clipped.",
+            found=[tuple(t.shape) for t in dims],
+            where=c.where(),
+            fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
+        )
+    c.constant |= {(door, i) for i, t in slots if t.dim() <= c.batch_dim or t.shape[c.batch_dim] != c.records}
+    for _, tensor in slots:
+        if storage(tensor) in c.loaded and not any(tensor is t for t in carriers):
+            c.set_tag(tensor, Unknown("an input with other rows than records"))
+    for tensor in carriers:
+        _refuse_transposed(c, tensor)
+        c.set_tag(tensor, Rows(c.batch_dim))
+
+
+def _refuse_transposed(c: "Capture", x: Tensor) -> None:
+    """A transposed batch with T == B has the right size on the wrong axis; its strides give it away."""
+    axis, records = c.batch_dim, c.records
+    if records < 2 or x.numel() == 0 or axis != 0:  # another axis than the first was declared on purpose
+        return
+    # An activation that left the capture may come back with any of its axes first.
+    twins = [
+        k
+        for k in range(x.dim())
+        if k != axis and x.shape[k] == records and (x.stride(k) > x.stride(axis) > 0 or x.grad_fn is not None)
+    ]
+    if twins:
+        raise UnknownBatchAxis(
+            f"An input of shape {tuple(x.shape)} and strides {tuple(x.stride())} looks transposed: axis {axis} and "
+            f"axis {twins[0]} both have {records} entries.",
+            found=tuple(x.stride()),
+            where=c.where(),
+            fix=f"pass batch_dim={twins[0]}, or .contiguous() if axis {axis} does hold the records.",
+        )
+
+
+def check_output(c: "Capture", out: Any) -> None:
+    """What leaves the model with a gradient is per record, or a plain sum or mean of them; nothing stays behind."""
+    for tensor in tree_leaves(out):
+        tag = c.tag(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else None
+        if isinstance(tag, (Coupled, Unknown)):
+            c.refuse_mixed("the output", tag)
+        if isinstance(tag, Rows) and tag.owner is not None:
+            raise CoupledRecords(
+                "The rows of an output are not those of the batch in order, so the loss would pair them with labels of "
+                "other records.",
+                where=c.where(),
+                fix="return one row, or one block of rows, for each record, in the order of the batch.",
+            )
+    for name, buffer in c.module.named_buffers():
+        if c.tag(buffer) is not None:
+            refuse_buffer(name)
+    for name, parameter in c.module.named_parameters():
+        if c.tainted and storage(parameter) in c.tainted:
+            refuse_buffer(name)
+
+
+def refuse_buffer(name: str) -> NoReturn:
+    """State that the forward writes is published with the model, without noise."""
+    raise UnsupportedError(
+        f"The forward writes values of private records into {name}, which the model publishes un-noised.",
+        where=name,
+        fix="do not update it during private training (running statistics, moving averages, memory banks).",
+    )

@@ -1,4 +1,5 @@
-# ruff: noqa: E501, PT012  (tables of one-line models; a violation may surface in forward or in backward)
+# ruff: noqa: PT012  (a violation may surface in the forward or in the backward)
+"""What couples records, bypasses the capture or cannot be clipped raises a typed error, before any gradient is seen."""
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
+from sfumato.terms.pixels import measured_by_pixels, suits
 from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term, batch_size
 
 Grams = dict[tuple[object, ...], list[Tensor]]
@@ -83,6 +84,10 @@ def _measured(term: Term, grams: Grams) -> tuple[Tensor, Tensor]:
             mass = torch.linalg.vector_norm(grad, dim=2).double().sum(1).square()
             return sq, mass / (64 * max(1, grad.shape[1]))
         case Conv():
+            if batch_size(term) and not unfolds(term) and suits(term):
+                sq, mass = measured_by_pixels(term)
+                floor = mass.square() / (64 * max(1, term.grad[0, 0, 0].numel()))
+                return sq, torch.where(sq.isfinite(), floor, float("inf"))
             if unfolds(term) or batch_size(term) == 0:
                 sq = _square(materialize(term))
             else:

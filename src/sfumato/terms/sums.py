@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sfumato.terms.dense import conv_weight_grad, materialize
+from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
+from sfumato.terms.pixels import suits
 from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term
 
 _COMPACT_ELEMENTS = 1 << 23
@@ -73,7 +74,7 @@ def compact(term: Term) -> Term:
 
 def keep(term: Term, budget: int) -> Term:
     """The term, materialised when that saves a second pass over it and fits ``budget`` elements."""
-    if not isinstance(term, Conv):
+    if not isinstance(term, Conv) or (suits(term) and not unfolds(term)):
         return term
     records = term.grad.shape[0]
     return Dense(materialize(term)) if records * term.weight.numel() <= budget else term

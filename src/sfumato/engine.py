@@ -250,6 +250,22 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             where="optimizer",
             fix="build the optimizer from module.parameters().",
         )
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    compiled = hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx")
+    if isinstance(module, wrappers) or compiled or isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            f"{type(module).__name__} runs the model where its operations cannot be seen, so they cannot be clipped.",
+            found=type(module).__name__,
+            where="module",
+            fix="make the plain module private, in one process and not compiled.",
+        )
+    complex_one = next((n for n, p in module.named_parameters() if p.requires_grad and p.is_complex()), None)
+    if complex_one is not None:
+        raise UnsupportedError(
+            f"{complex_one} is complex, for which clipping and noise are not defined here.",
+            where=complex_one,
+            fix="hold its real and imaginary part as two parameters.",
+        )
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigurationError("The module has no trainable parameter.", where="module")
     refuse_batch_statistics(module, "")

@@ -60,7 +60,8 @@ class PrivacyEngine:
             noise_multiplier: σ, noise standard deviation over ``max_grad_norm``; 0 clips only and is not private.
             max_grad_norm: C, bound on the norm of one record's gradient, in the units of the summed loss.
             sampling: ``Poisson()`` (default; rate = batch size / data set size) or ``Shuffle()`` (no amplification).
-            loss_reduction: how the criterion joins the records of a batch.
+            loss_reduction: how the criterion joins the records of a batch. Declared, never checked: a wrong one scales
+                every gradient by the number of records drawn, and one record may then move the sum by up to 2 C.
             max_physical_batch_size: most records in memory at once; a logical batch is split, the loop unchanged.
             budget: the loader ends before the step that would exceed it.
             batch_dim: axis of the model's inputs that holds the records.

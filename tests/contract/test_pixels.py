@@ -29,7 +29,7 @@ def _term(seed: int, scale: int = 1) -> Conv:
 @pytest.mark.parametrize("seed", range(60))
 def test_norms_equal_those_of_the_gradients(seed: int) -> None:
     term = _term(seed)
-    sq, mass = measured_by_pixels(term)
+    sq, mass, _ = measured_by_pixels(term)
     want = materialize(term).flatten(1).square().sum(1)
     torch.testing.assert_close(sq, want, rtol=1e-9, atol=0)
     assert bool((mass.square() >= want * (1 - 1e-9)).all())
@@ -53,3 +53,11 @@ def test_positions_that_cancel_are_measured_apart() -> None:
     assert suits(term)
     sq, floor = measured([term])
     assert bool((sq < floor).all())
+
+
+@pytest.mark.parametrize(("inputs", "grads"), [(1e17, 1e-24), (1e-24, 1e17), (1e20, 1e-20)])
+def test_factors_beyond_float32_products_are_measured_apart(inputs: float, grads: float) -> None:
+    x, weight = torch.randn(1, 1, 256, 8, 8) * inputs, torch.zeros(256, 256, 3, 3)
+    term = Conv(torch.randn(1, 1, 256, 8, 8) * grads, x, weight, ConvSpec((1, 1), (1, 1), (1, 1), False, (0, 0), 1))
+    _, floor = measured([term])
+    assert bool((floor == float("inf")).all())

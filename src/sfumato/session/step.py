@@ -200,7 +200,9 @@ class Session:
         """Charge, then noise, then p.grad: in this order and nowhere else."""
         plan = self.plan
         pays = isinstance(plan.sampler, Poisson) or not self._epoch_paid
-        self.ledger.append(plan.event if pays else plan.covered, run=self.run, step=self.steps)
+        self.ledger.append(
+            plan.event if pays else plan.covered, run=self.run, step=self.steps, note=f"noise: {plan.noise_level}"
+        )
         self._epoch_paid = True
         loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         noise = self._noise()

@@ -85,9 +85,9 @@ def _measured(term: Term, grams: Grams) -> tuple[Tensor, Tensor]:
             return sq, mass / (64 * max(1, grad.shape[1]))
         case Conv():
             if batch_size(term) and not unfolds(term) and suits(term):
-                sq, mass = measured_by_pixels(term)
+                sq, mass, largest = measured_by_pixels(term)
                 floor = mass.square() / (64 * max(1, term.grad[0, 0, 0].numel()))
-                return sq, torch.where(sq.isfinite(), floor, float("inf"))
+                return sq, torch.where(sq.isfinite() & (largest <= _LARGE), floor, float("inf"))
             if unfolds(term) or batch_size(term) == 0:
                 sq = _square(materialize(term))
             else:

@@ -26,8 +26,8 @@ def suits(term: Conv) -> bool:
     return 4 * gram < 3 * positions * math.prod(term.shape)
 
 
-def measured_by_pixels(term: Conv) -> tuple[Tensor, Tensor]:
-    """(squared norms, sum over positions of |g||patch|), both (B,) float64."""
+def measured_by_pixels(term: Conv) -> tuple[Tensor, Tensor, Tensor]:
+    """(squared norms, sum over positions of |g||patch|, largest squared |g| or |patch|), all (B,) float64."""
     grad, x, groups = term.grad[:, 0], term.input[:, 0], term.spec.groups
     kernel, stride, dilation = term.shape[2:], term.spec.stride, term.spec.dilation
     x = F.pad(x, [p for size in reversed(term.spec.padding) for p in (size, size)])
@@ -35,7 +35,7 @@ def measured_by_pixels(term: Conv) -> tuple[Tensor, Tensor]:
     x = x[(slice(None), slice(None), *(slice(n) for n in reached))]
     positions, axes = grad.shape[2:], len(reached)
     chunk = max(1, _CHUNK_ELEMENTS // (math.prod(reached) ** 2 * groups))
-    sq, mass = [], []
+    sq, mass, largest = [], [], []
     for g, v in zip(grad.split(chunk), x.split(chunk), strict=True):
         n = g.shape[0] * groups
         left, right = g.reshape(n, g.shape[1] // groups, -1), v.reshape(n, v.shape[1] // groups, -1)
@@ -44,10 +44,12 @@ def measured_by_pixels(term: Conv) -> tuple[Tensor, Tensor]:
             patches = _shifted(patches, (1 + a, 1 + axes + a), kernel[a], stride[a], dilation[a], positions[a])
         patches = patches.reshape(n, math.prod(positions), -1)
         rows = torch.bmm(left.mT, left)
-        sizes = (rows.diagonal(dim1=1, dim2=2) * patches.diagonal(dim1=1, dim2=2)).clamp_min(0).sqrt()
+        left_sq, right_sq = rows.diagonal(dim1=1, dim2=2).double(), patches.diagonal(dim1=1, dim2=2).double()
+        sizes = (left_sq * right_sq).clamp_min(0).sqrt()
+        largest.append(torch.maximum(left_sq, right_sq).amax(1).view(-1, groups).amax(1))
         mass.append(sizes.sum(1, dtype=torch.float64).view(-1, groups).sum(1))
         sq.append((patches * rows).sum(2).sum(1, dtype=torch.float64).view(-1, groups).sum(1))
-    return torch.cat(sq), torch.cat(mass)
+    return torch.cat(sq), torch.cat(mass), torch.cat(largest)
 
 
 def _reached(term: Conv) -> list[int]:

@@ -60,16 +60,17 @@ def _alone(bundle: Bundle, record: int) -> dict[str, Tensor]:
 @torch.no_grad()
 @full_precision()
 def clipped(
-    bundle: Bundle, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0
+    bundle: Bundle, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0, unit: float = 1.0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """({name: Σ_b w_b·scale·G_b}, w): w_b·scale·‖G_b‖ <= max_grad_norm, gradients being ``scale`` times the terms'.
+    """({name: unit·Σ_b w_b·scale·G_b}, w): w_b·scale·‖G_b‖ <= max_grad_norm; gradients are ``scale`` times the terms'.
 
+    ``unit`` is the public factor of the release (one over the expected batch size), taken along to save a pass.
     Records of weight 0 are left out, not multiplied by zero: 0·inf is NaN.
     """
     weights = flat_weights(norms.sq * scale**2, max_grad_norm, dtype)
     together = (weights > 0) & ~norms.apart
     everything = bool(together.all())
-    factors = (weights if everything else weights[together]) * scale
+    factors = (weights if everything else weights[together]) * (scale * unit)
     out: dict[str, Tensor] = {}
     for name, terms in bundle.items():
         chosen = terms if everything else [select(t, together.to(device(t))) for t in terms]
@@ -77,5 +78,5 @@ def clipped(
         out[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     for b in (norms.apart & (weights > 0)).nonzero().flatten().tolist():
         for name, gradient in _alone(bundle, b).items():
-            out[name] = out[name] + (gradient * (weights[b] * scale)).to(out[name].dtype)
+            out[name] = out[name] + (gradient * (weights[b] * (scale * unit))).to(out[name].dtype)
     return out, weights

@@ -179,10 +179,10 @@ class Session:
     def _accumulate(self, tape: Tape, token: Token) -> None:
         parameters = self.capture.parameters
         bundle = collect(tape, parameters)
-        loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
-        scale = (token.size if self.plan.loss_reduction == "mean" else 1) / loss_scale
+        scale = (token.size if self.plan.loss_reduction == "mean" else 1) / self._loss_scale
         norms = total_norms(bundle, token.size)
-        sums, weights = clipped(bundle, norms, self.plan.max_grad_norm, wide_dtype(parameters.values()), scale)
+        dtype = wide_dtype(parameters.values())
+        sums, weights = clipped(bundle, norms, self.plan.max_grad_norm, dtype, scale, self._unit)
         self._facts.batch_size += token.size
         self._facts.clipped += int((weights < 1).sum())
         self._facts.empty = False
@@ -204,11 +204,9 @@ class Session:
             plan.event if pays else plan.covered, run=self.run, step=self.steps, note=f"noise: {plan.noise_level}"
         )
         self._epoch_paid = True
-        loss_scale = 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
         noise = self._noise()
         for name, p in self.capture.parameters.items():
-            total = noise[name].add_(self._sums[name]) if name in self._sums else noise[name]
-            grad = total.mul_(loss_scale / plan.expected_batch_size).to(p.dtype)
+            grad = (noise[name].add_(self._sums[name]) if name in self._sums else noise[name]).to(p.dtype)
             before = self._carried.get(name)
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad
@@ -219,8 +217,17 @@ class Session:
         self._sums.clear()
         self._carried.clear()
 
+    @property
+    def _loss_scale(self) -> float:
+        return 1.0 if self.grad_scaler is None else float(self.grad_scaler.get_scale())
+
+    @property
+    def _unit(self) -> float:
+        """Sum to p.grad: a public constant (times the scale that the GradScaler will divide out)."""
+        return self._loss_scale / self.plan.expected_batch_size
+
     def _noise(self) -> dict[str, Tensor]:
-        """N(0, (σC)²) for every trainable parameter: one draw a dtype and device, cut to their shapes."""
+        """N(0, (unit·σC)²) for every trainable parameter: one draw a dtype and device, cut to their shapes."""
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         parameters = self.capture.parameters
         for name, p in parameters.items():
@@ -228,7 +235,7 @@ class Session:
         out: dict[str, Tensor] = {}
         for (dtype, device), names in kinds.items():
             sizes = [parameters[n].numel() for n in names]
-            flat = self.source.normal((sum(sizes),), std=self.plan.noise_std, dtype=dtype, device=device)
+            flat = self.source.normal((sum(sizes),), std=self.plan.noise_std * self._unit, dtype=dtype, device=device)
             out |= {n: piece.view_as(parameters[n]) for n, piece in zip(names, flat.split(sizes), strict=True)}
         return out
 

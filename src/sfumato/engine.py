@@ -260,13 +260,6 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             where="module",
             fix="make the plain module private, in one process and not compiled.",
         )
-    complex_one = next((n for n, p in module.named_parameters() if p.requires_grad and p.is_complex()), None)
-    if complex_one is not None:
-        raise UnsupportedError(
-            f"{complex_one} is complex, for which clipping and noise are not defined here.",
-            where=complex_one,
-            fix="hold its real and imaginary part as two parameters.",
-        )
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigurationError("The module has no trainable parameter.", where="module")
     refuse_batch_statistics(module, "")

@@ -44,6 +44,7 @@ class Event:
                 "a newer Sfumato wrote it: update before reading its ledger"
             )
         # 3 and 3.0 must be one event (and one hash), so numbers are normalised here.
+        object.__setattr__(self, "version", int(self.version))
         object.__setattr__(self, "noise_multiplier", nonnegative("Event.noise_multiplier", self.noise_multiplier))
         object.__setattr__(self, "sample_rate", rate("Event.sample_rate", self.sample_rate))
         if self.mechanism == "gaussian" and self.sample_rate != 1.0:

@@ -34,6 +34,7 @@ from .tilted import STEP_ERROR, UNIT, Window, convolve, solve
 TOLERANCE = 2e-4
 GAP = 1e-3  # a bracket this narrow, relative to epsilon, needs no finer grid
 MAX_WINDOW = 1 << 22
+COARSEST, FINEST = 5e-3, 1e6  # noise multipliers that the grid can hold
 TAIL = 25.0  # log of the mass left outside the transform's window, relative to its bulk
 
 
@@ -118,10 +119,14 @@ def certify(parts: Mapping[Release, int], delta: float) -> Epsilon:
         return Epsilon(math.inf, delta=delta, lower=math.inf)
     if sum(times * release.rate for release, times in parts.items()) <= delta * (1.0 - 1e-9):
         return Epsilon(0.0, delta=delta, lower=0.0)  # the record takes part with probability at most delta
+    # Below COARSEST no grid tells more than the unsampled bound; above FINEST less noise is assumed: an upper bound.
+    parts = _merged(parts)
     exact = {release: times for release, times in parts.items() if release.rate == 1.0}
     mu = _mu(exact)
     # Poisson sampling never hurts, so treating every release as unsampled is an upper bound too.
     unsampled = gaussian_epsilon(_mu(parts), delta, upper=True)
+    if min(release.sigma for release in parts) < COARSEST:
+        return Epsilon(unsampled, delta=delta, lower=0.0)
     if len(exact) == len(parts):
         return Epsilon(unsampled, delta=delta, lower=gaussian_epsilon(mu, delta, upper=False))
     merged = {release: times for release, times in parts.items() if release.rate < 1.0}
@@ -132,6 +137,14 @@ def certify(parts: Mapping[Release, int], delta: float) -> Epsilon:
         upper = max(upper, _bound(merged, delta, add=True))
     upper = min(upper, unsampled)
     return Epsilon(upper, delta=delta, lower=partial(_lower, merged, delta, upper))
+
+
+def _merged(parts: Mapping[Release, int]) -> dict[Release, int]:
+    result: dict[Release, int] = {}
+    for release, times in parts.items():
+        release = Release(min(release.sigma, FINEST), release.rate)
+        result[release] = result.get(release, 0) + times
+    return result
 
 
 def _adding_is_cheaper(parts: dict[Release, int], delta: float, point: float) -> bool:
@@ -175,7 +188,7 @@ def _shift(parts: dict[Release, int], cut: float) -> float:
 
 
 def _mu(parts: Mapping[Release, int]) -> float:
-    return math.sqrt(sum(times / release.sigma**2 for release, times in parts.items()))
+    return math.hypot(*(math.sqrt(times) / release.sigma for release, times in parts.items()))
 
 
 def _lower(parts: dict[Release, int], delta: float, upper: float) -> float:

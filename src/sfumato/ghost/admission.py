@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
 from sfumato.ghost import indexing
 from sfumato.ghost.rows import Coupled, Rows, Unknown
+from sfumato.ghost.rules import NoRule
 from sfumato.ghost.writes import place, storage
 
 if TYPE_CHECKING:
@@ -17,16 +18,28 @@ if TYPE_CHECKING:
 
 def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tag the records among the inputs of the module ``door``; everything else is a constant."""
-    slots = list(enumerate(indexing.deep_tensors((args, kwargs))))
+    slots = list(indexing.named_tensors((args, kwargs)))
     if torch._C._current_graph_task_id() != -1:
         # Checkpointing kept the input's memory alive, but hands it back as another tensor.
         for _, t in slots:
             if (tag := c.places.get(place(t))) is not None and c.tag(t) is None:
                 c.set_tag(t, tag)
-    if any(c.tag(t) is not None for _, t in slots):
-        return
+    seen = [t for _, t in slots if c.own_tag(t) is not None]
+    slots = [(i, t) for i, t in slots if not any(t is o for o in seen)]
+    strayed = next(
+        (t for _, t in slots if t.grad_fn is not None and c.known_target(t) is None and c.returned.get(id(t)) is not t),
+        None,
+    )
+    if strayed is not None and torch._C._current_graph_task_id() == -1:
+        raise UnknownBatchAxis(
+            f"An activation of shape {tuple(strayed.shape)} was changed outside the model's forward and comes back in: "
+            "what was done to its records there cannot be seen.",
+            found=tuple(strayed.shape),
+            where=c.where(),
+            fix="put these operations into the forward of a module, and call that.",
+        )
     # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
-    slots = [(i, t) for i, t in slots if (door, i) not in c.constant and c.target(t) is None]
+    slots = [(i, t) for i, t in slots if (door, i) not in c.constant and c.known_target(t) is None]
     dims = [t for _, t in slots if t.dim() > c.batch_dim]
     if c.tape.records is None:
         if c.expected is not None:
@@ -36,7 +49,7 @@ def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         else:
             raise UnknownBatchAxis("The model was called without a tensor that has a batch axis.", where=c.where())
     carriers = [t for t in dims if t.shape[c.batch_dim] == c.records]
-    if not carriers:
+    if not carriers and not seen:
         raise RowsMismatch(
             f"The batch has {c.records} records, but the model got tensors of shape "
             f"{[tuple(t.shape) for t in dims]} with records on axis {c.batch_dim}; a row without a record of "
@@ -81,6 +94,11 @@ def check_output(c: "Capture", out: Any) -> None:
         tag = c.tag(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else None
         if isinstance(tag, (Coupled, Unknown)):
             c.refuse_mixed("the output", tag)
+        if isinstance(tag, Rows) and tag.plain:
+            c.returned[id(tensor)] = tensor
+        lost = isinstance(tensor, Tensor) and tensor.requires_grad and tag is None and c.known_target(tensor) is None
+        if lost and c.records > 0:
+            raise NoRule("the output", "it comes from an operation that cannot be seen")
         if isinstance(tag, Rows) and tag.owner is not None:
             raise CoupledRecords(
                 "The rows of an output are not those of the batch in order, so the loss would pair them with labels of "

@@ -7,7 +7,7 @@ under autograd, and where the two meet a rule takes over.
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ _METADATA = set(
     "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
     "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
     "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
-    "retain_grad _version output_nr is_shared __len__ __bool__ __repr__ "
-    "__hash__ equal allclose is_same_size _is_view is_signed __contains__ "
+    "retain_grad _version output_nr is_shared __len__ __repr__ "
+    "__hash__ is_same_size _is_view is_signed __contains__ "
     "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
 )
+_DECISIONS = {"__bool__", "is_nonzero", "equal", "allclose"}
 _ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__", "__format__"}
 
 
@@ -41,6 +42,9 @@ def _name(func: Callable[..., Any]) -> str:
 
 class Capture(TorchFunctionMode):
     """State of one private model: its trainable parameters, the current tape, and where the records are."""
+
+    # What private models returned, one row a record: the only activations that may enter a model from outside.
+    returned: ClassVar[weakref.WeakValueDictionary[int, Tensor]] = weakref.WeakValueDictionary()
 
     def __init__(
         self,
@@ -60,8 +64,9 @@ class Capture(TorchFunctionMode):
         self.tiers: dict[str, str] = {}  # modules that run below the rule tier
         self.live = False  # a tape is wanted
         self.suspended = False  # inside a lower tier: operations run natively
+        self.alone = False  # inside a lower tier that runs one record at a time
         self.path: list[str] = []
-        self.constant: set[tuple[str, int]] = set()  # inputs known to carry no records
+        self.constant: set[tuple[str, str]] = set()  # inputs known to carry no records
         self.loaded: set[int] = set()  # storages of the batch that the private loader yielded
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
@@ -121,6 +126,13 @@ class Capture(TorchFunctionMode):
                 where=computed,
                 fix="call the model itself, not torch.func.functional_call with computed parameters.",
             )
+        imaginary = next((n for n, p in self.parameters.items() if p.is_complex()), None)
+        if imaginary is not None:
+            raise UnsupportedError(
+                f"{imaginary} is complex, for which clipping and noise are not defined here.",
+                where=imaginary,
+                fix="hold its real and imaginary part as two parameters (torch.view_as_complex joins them).",
+            )
         self.on_refresh(self.parameters)
 
     def parameter_tiers(self) -> dict[str, str]:
@@ -132,16 +144,27 @@ class Capture(TorchFunctionMode):
 
     # -- what a tensor is -----------------------------------------------------------------------------------------
 
-    def tag(self, value: object) -> Tag | None:
+    def own_tag(self, value: object) -> Tag | None:
+        """The tag that was given to this very tensor."""
         entry = self.tags.get(id(value))
-        if entry is not None and entry[0]() is value:
-            return entry[1]
+        return entry[1] if entry is not None and entry[0]() is value else None
+
+    def tag(self, value: object) -> Tag | None:
+        """What is known of the records in a tensor; None for constants and parameters."""
+        if (own := self.own_tag(value)) is not None:
+            return own
         if self.tainted and isinstance(value, Tensor):
             return self.tainted.get(storage(value))
         stale = self._stale.get(id(value))
-        return Coupled("an earlier batch") if stale is not None and stale() is value else None
+        if stale is not None and stale() is value:
+            return Coupled("an earlier batch")
+        if isinstance(value, Tensor) and self.loaded and storage(value) in self.loaded:
+            return Unknown("a tensor of the batch that is no argument of the model")
+        return None
 
     def set_tag(self, value: Tensor, tag: Tag) -> None:
+        if isinstance(tag, (Coupled, Unknown)) and value.requires_grad and not value.is_leaf:
+            value.register_hook(_mixed_gradient(tag))
         self.tags[id(value)] = (weakref.ref(value), tag)
         self.places[place(value)] = tag
 
@@ -150,17 +173,28 @@ class Capture(TorchFunctionMode):
             self.set_tag(t, rows)
         return value
 
+    def known_target(self, value: object) -> Target | None:
+        """The parameter, or tensor derived from parameters, that this is."""
+        found = self._ids.get(id(value)) or self._derived.get(id(value))
+        return found if found is not None and found.tensor is value else None
+
     def target(self, value: object) -> Target | None:
-        key = id(value)
-        found = self._ids.get(key) or self._derived.get(key)
-        if found is not None:
-            return found if found.tensor is value else None
+        """``known_target``, and refuses whatever else would collect gradients."""
+        if (found := self.known_target(value)) is not None:
+            return found
         if isinstance(value, nn.Parameter) and value.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"The forward uses a trainable parameter of shape {tuple(value.shape)} that is not registered in the "
                 "model, so it would be trained without clipping.",
                 where=self.where(),
                 fix="register it (an attribute, nn.ParameterList or nn.ModuleList), or freeze it.",
+            )
+        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf and self.tag(value) is None:
+            raise UnsupportedError(
+                f"The forward uses a {tuple(value.shape)} tensor that requires gradients but is no parameter of the "
+                "model, so it would collect them unclipped.",
+                where=self.where(),
+                fix="make it an nn.Parameter of the model, or drop requires_grad.",
             )
         return None
 
@@ -173,8 +207,16 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.suspended or self._tape is None:
-            if self.suspended and (screen := rules.SCREENS.get(clean(_name(func)))) is not None:
-                screen(self, *args, **(kwargs or {}))
+            if self.suspended:
+                if (screen := rules.SCREENS.get(clean(_name(func)))) is not None:
+                    screen(self, *args, **(kwargs or {}))
+                caught = (
+                    self.alone
+                    and _name(func) not in _METADATA
+                    and any(self.own_tag(t) is not None for t in indexing.tensors(args, kwargs))
+                )
+                if caught:
+                    raise NoRule(_name(func), "a value of the whole batch that is no argument of the module")
             return func(*args, **(kwargs or {}))
         return self.call(func, *args, **(kwargs or {}))
 
@@ -198,7 +240,7 @@ class Capture(TorchFunctionMode):
         if base == "where" or (base not in rules.RULES and is_pointwise(base)):
             return rules.broadcast(self, name, func, args, kwargs)
         for t in operands:
-            if isinstance(tag := self.tag(t), (Coupled, Reduced)):
+            if (tag := self.tag(t)) is not None and not isinstance(tag, Rows):
                 self.refuse_mixed(base, tag)
         if base not in rules.RULES:
             raise NoRule(base, "no rule for this operation")
@@ -209,6 +251,9 @@ class Capture(TorchFunctionMode):
         operands = list(indexing.tensors(args, kwargs))
         if any(t.requires_grad and self.tag(t) is None for t in operands):
             raise NoRule(base, "an operand carries gradients but no known record axis")
+        whole = any((tag := self.tag(t)) is not None and not isinstance(tag, Rows) for t in operands)
+        if name in _DECISIONS and (whole or name != "__bool__"):
+            raise NoRule(name, "a decision taken from the whole batch")
         if name in _ESCAPES and any(t.is_floating_point() or isinstance(self.tag(t), Reduced) for t in operands):
             raise CoupledRecords(
                 f"{name}() takes a value of private records out of the graph, where it could reach other records "
@@ -216,6 +261,8 @@ class Capture(TorchFunctionMode):
                 where=self.where(),
                 fix="compute it with tensor operations, for each record on its own.",
             )
+        if name in _ESCAPES and self.records > 1:
+            raise NoRule(name, "a number taken from the whole batch")
         if name == "register_hook":
             raise UnsupportedError(
                 "A hook on an activation can mix the gradients of different records.",
@@ -265,7 +312,7 @@ class Capture(TorchFunctionMode):
             out = written
         for tensor in (out,) if isinstance(out, Tensor) else tuple(out) if isinstance(out, (tuple, list)) else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad and self.target(tensor) is None:
-                self._derived[id(tensor)] = derive_from(tensor, clean(name), targets, args)
+                self._derived[id(tensor)] = derive_from(tensor, clean(name), targets, args, kwargs)
         return out
 
     def derive(self, name: str, value: Tensor, *args: Any) -> Tensor:
@@ -325,3 +372,16 @@ class Capture(TorchFunctionMode):
             where=self.where(),
             fix="compute it for each record on its own.",
         )
+
+
+def _mixed_gradient(tag: Coupled | Unknown) -> Callable[[Tensor], NoReturn]:
+    """A backward that reaches a mixture, by whatever way it left the model, ends here."""
+
+    def refuse(_: Tensor) -> NoReturn:
+        raise CoupledRecords(
+            f"The loss depends on a value in which {tag.by} has mixed the records of the batch (it left the forward by "
+            "another way than its output), so clipping cannot bound one record's influence.",
+            fix="compute it for each record on its own, or detach it.",
+        )
+
+    return refuse

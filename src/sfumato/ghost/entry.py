@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from sfumato.errors import SfumatoError, UnsupportedError
 from sfumato.ghost.admission import admit, check_output
 from sfumato.ghost.capture import Capture
-from sfumato.ghost.fallback import TIERS, judge
+from sfumato.ghost.fallback import TIERS, judge, refuse_batch_statistics
 from sfumato.ghost.rules import NoRule
 
 
@@ -31,6 +31,8 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         c = self.capture
+        if c.live and not c.suspended:
+            self._refuse_side_effects()
         if not c.live or c.suspended or not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
         if any(mode is c for mode in _get_current_function_mode_stack()):
@@ -41,6 +43,17 @@ class _Forward:
         with c:
             admit(c, self.name, args, kwargs)
             return self._run(args, kwargs, outermost=True)
+
+    def _refuse_side_effects(self) -> None:
+        """What a module does to records outside of its operations, with or without gradients."""
+        if self.module._backward_hooks or self.module._backward_pre_hooks:
+            raise UnsupportedError(
+                "A backward hook on a module can mix the gradients of different records.",
+                where=self.name or type(self.module).__name__,
+                fix="remove register_full_backward_hook during private training.",
+            )
+        if isinstance(self.module, nn.modules.batchnorm._NormBase):
+            refuse_batch_statistics(self.module, self.name)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], outermost: bool = False) -> Any:
         c = self.capture

@@ -46,20 +46,35 @@ def refuse_batch_statistics(module: nn.Module, where: str) -> None:
 class _suspended:
     """The mode lets everything through while a lower tier runs; no buffer may change meanwhile."""
 
-    def __init__(self, c: Capture, module: nn.Module):
-        self.c, self.module = c, module
+    def __init__(self, c: Capture, module: nn.Module, alone: bool = False):
+        self.c, self.module, self.alone = c, module, alone
+        self.before = c.suspended, c.alone
         self.buffers = {n: (b, b._version) for n, b in module.named_buffers()}
+        self.kept = _kept(module) if alone else {}
 
     def __enter__(self) -> None:
-        self.c.suspended = True
+        self.c.suspended, self.c.alone = True, self.alone
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        self.c.suspended = False
+        self.c.suspended, self.c.alone = self.before
         if kind is None:
             for name, buffer in self.module.named_buffers():
                 before, version = self.buffers.get(name, (None, 0))
                 if before is not buffer or buffer._version != version:
                     refuse_buffer(name)
+            for (owner, name), tensor in _kept(self.module).items() if self.alone else ():
+                if tensor.requires_grad and self.kept.get((owner, name)) is not tensor:
+                    raise UnsupportedError(
+                        f"{type(owner).__name__}.{name} is set by a forward that runs one record at a time: it would "
+                        "hold the value of the last record only.",
+                        where=name,
+                        fix="return it from the forward.",
+                    )
+
+
+def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
+    """Tensors that modules hold as plain attributes."""
+    return {(m, k): v for m in module.modules() for k, v in vars(m).items() if isinstance(v, Tensor)}
 
 
 def _copies(c: Capture, module: nn.Module) -> dict[str, Tensor]:
@@ -193,9 +208,10 @@ def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         a, k = tree_unflatten(rebuilt, spec)
         return functional_call(module, parameters, a, k)
 
-    with _suspended(c, module):
-        run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
-        out = run(_copies(c, module), *tensors)
+    run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
+    copies = _copies(c, module)
+    with _suspended(c, module, alone=True):
+        out = run(copies, *tensors)
 
     default = next(a for a in in_axes if a is not None)
     leaves, shape = tree_flatten(out)
@@ -234,8 +250,6 @@ def _output_axis(c: Capture, module: nn.Module, leaf: int, one: torch.Size, defa
 def _empty(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """No records: the shapes of the native forward, and a graph that ends in nothing but the tape."""
     forward = module.forward.__wrapped__ if hasattr(module.forward, "__wrapped__") else module.forward
-    with torch.no_grad(), _suspended(c, module):
-        out = forward(*args, **kwargs)
 
     def connect(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -245,7 +259,10 @@ def _empty(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             c.set_tag(value, Rows(list(value.shape).index(0)))
         return value
 
-    return tree_map(connect, out)
+    with _suspended(c, module):
+        with torch.no_grad():
+            out = forward(*args, **kwargs)
+        return tree_map(connect, out)
 
 
 def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,10 +274,14 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
     if any(t is not None and not (isinstance(t, Rows) and t.plain) for t in tags):
         raise NoRule("microbatch", "an input has no plain record axis")
     copies = {n: p.unbind(0) for n, p in _copies(c, module).items()}
+    with _suspended(c, module):  # pieces are cut unseen: a tagged tensor inside is one that the module caught elsewhere
+        pieces = [
+            [v.narrow(t.axis, b, 1) if isinstance(t, Rows) else v for v, t in zip(flat, tags, strict=True)]
+            for b in range(c.records)
+        ]
     outs = []
-    with _suspended(c, module):
-        for b in range(c.records):
-            piece = [v.narrow(t.axis, b, 1) if isinstance(t, Rows) else v for v, t in zip(flat, tags, strict=True)]
+    with _suspended(c, module, alone=True):
+        for b, piece in enumerate(pieces):
             a, k = tree_unflatten(piece, spec)
             outs.append(functional_call(module, {n: p[b] for n, p in copies.items()}, a, k))
     if not outs:

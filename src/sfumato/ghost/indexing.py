@@ -20,22 +20,35 @@ def tensors(args: Any, kwargs: dict[str, Any] | None = None) -> Iterator[Tensor]
         yield from tensors(tuple(kwargs.values()))
 
 
-def deep_tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def deep_tensors(value: Any) -> Iterator[Tensor]:
     """Tensors with a batch axis anywhere in the arguments of a model: containers, mappings, plain objects."""
+    return (tensor for _, tensor in named_tensors(value))
+
+
+def named_tensors(value: Any, path: str = "", depth: int = 12) -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) for each of them."""
     if isinstance(value, Tensor):
         if value.dim() > 0:
-            yield value
-    elif depth and isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from deep_tensors(item, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from deep_tensors(item, depth - 1)
-    elif (
-        depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value)
-    ):
-        for item in vars(value).values():
-            yield from deep_tensors(item, depth - 1)
+            yield path, value
+        return
+    if depth == 0 or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)) or value is None:
+        return
+    if isinstance(value, Mapping):
+        items = [(str(k), v) for k, v in value.items()]
+    elif isinstance(value, (list, tuple, set)):
+        items = [(str(k), v) for k, v in enumerate(value)]
+    elif callable(value):
+        return
+    else:
+        names = [*getattr(value, "__dict__", ()), *(n for t in type(value).__mro__ for n in _slots(t))]
+        items = [(n, getattr(value, n)) for n in names if hasattr(value, n)]
+    for key, item in items:
+        yield from named_tensors(item, f"{path}.{key}", depth - 1)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = getattr(kind, "__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def dims_of(rest: tuple[Any, ...], kwargs: dict[str, Any], ndim: int) -> tuple[int, ...] | None:

@@ -68,13 +68,21 @@ RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "
 _COPIES = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
 
 
-def derive_from(tensor: Tensor, name: str, targets: list[Target], args: tuple[object, ...]) -> Derived:
+def derive_from(
+    tensor: Tensor, name: str, targets: list[Target], args: tuple[object, ...], kwargs: dict[str, object]
+) -> Derived:
     """What ``name(*args) -> tensor`` makes of parameters: with the shortcut past autograd, where there is one."""
     source = targets[0] if len(targets) == 1 else None
     names = tuple(dict.fromkeys(n for t in targets for n in ((t.name,) if isinstance(t, Param) else t.names)))
     if source is None:
         return Derived(tensor, names)
-    if name == "embedding" and isinstance(source, Param) and (len(args) == 2 or (len(args) > 2 and args[2] is None)):
+    options = (*args[2:], *(kwargs.get(k) for k in ("padding_idx", "max_norm", "scale_grad_by_freq")))
+    if (
+        name == "embedding"
+        and isinstance(source, Param)
+        and len(args) == 2
+        and not any(o is not None and o is not False for o in options)
+    ):
         return Derived(tensor, names, source, index=args[0])  # type: ignore[arg-type]
     shape = source.tensor.shape
     if (

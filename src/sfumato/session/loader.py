@@ -144,6 +144,8 @@ class PrivateLoader(DataLoader[Any]):
                     return
                 session.issue(token, batch)
                 yield batch
+                if not session.closed:
+                    session.settle(token)
         finally:
             if serial == self._serial and not session.closed:
                 session.abandon()

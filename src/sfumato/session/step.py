@@ -67,11 +67,12 @@ class Session:
         self._facts = StepFacts()
         self._token: Token | None = None
         self._poisoned = False
+        self._skipped = False
         self._epoch_paid = False
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
-        install(self.capture)
         self.capture.refresh()
+        install(self.capture)
         self._step_hook = self.optimizer.register_step_pre_hook(self._check_optimizer)
         for p in self.module.parameters():
             p.grad = None  # a gradient from before this engine is not private
@@ -84,14 +85,15 @@ class Session:
         remove(self.capture)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        own = {id(p) for p in self.module.parameters()}
         for p in (p for g in optimizer.param_groups for p in g["params"]):
-            if p.grad is not None and not self.guard.watches(p):
+            if id(p) not in own or (p.grad is not None and not self.guard.watches(p)):
                 raise UnsupportedError(
-                    f"The optimizer is about to apply an unclipped gradient to a {tuple(p.shape)} tensor that "
-                    "the private module did not own when its forward ran.",
+                    f"The optimizer would apply an unclipped gradient to a {tuple(p.shape)} tensor that the private "
+                    "module did not own when its forward ran.",
                     found=tuple(p.shape),
                     where="optimizer",
-                    fix="keep foreign parameters in an optimizer of their own.",
+                    fix="make it a parameter of the private module, and build the optimizer anew.",
                 )
 
     # -- batches --------------------------------------------------------------------------------------------------
@@ -109,10 +111,35 @@ class Session:
         """Forget the unfinished logical batch: nothing of it was released, nothing is charged."""
         self._token = None
         self._poisoned = False
+        self._skipped = False
         self._sums.clear()
         self._carried.clear()
         self._facts = StepFacts()
         self.capture.close()
+
+    def settle(self, token: Token) -> None:
+        """Called when the loop comes back for more: a logical batch is released whole or not at all.
+
+        A loop that skips a batch by what it saw in it (a loss that is not finite) would let one record decide over the
+        others.
+        """
+        if token.spent or token is not self._token:
+            return
+        self._skipped = True
+        if token.last and self._facts.batch_size:
+            self.abandon()
+            raise TokenError(
+                "The last microbatch of a logical batch had no backward(), so nothing of the batch was released: one "
+                "record would decide whether the others count.",
+                fix="call backward() on every microbatch, or break off the loop.",
+            )
+        if token.tape is not None and token.tape.records is not None and not self._poisoned:
+            self.abandon()
+            raise TokenError(
+                "The last batch ran forward but no backward(): skipping a batch by its content lets one record decide "
+                "whether the others count.",
+                fix="call backward() on every batch (a record that is not finite weighs 0); look under no_grad().",
+            )
 
     def begin_epoch(self) -> None:
         """A new pass over the records: under Shuffle, its first release pays for all of it."""
@@ -161,6 +188,12 @@ class Session:
         if self._poisoned:
             self._discard()
             raise PrivacyError("This step was discarded after an error.", fix="go on with the next batch.")
+        if self._skipped:
+            self._discard()
+            raise TokenError(
+                "An earlier microbatch of this logical batch had no backward(), so its sum would not be whole.",
+                fix="call backward() on every microbatch, or break off the loop.",
+            )
         if token.spent:
             self._discard()
             raise TokenError(

@@ -35,9 +35,10 @@ def linear(c: "Capture", input: Tensor, weight: Tensor, bias: Tensor | None = No
     if weight.dim() == 1:
         if bias is not None:
             raise NoRule("linear", "vector weight with bias")
-        return linear(c, input, c.derive("unsqueeze", weight, 0)).squeeze(-1)
+        out: Tensor = c.call(Tensor.squeeze, linear(c, input, c.derive("unsqueeze", weight, 0)), -1)
+        return out
     use = c.use(rows, weight, bias)
-    out: Tensor = LinearFn.apply(input, weight.detach(), None if bias is None else bias.detach(), c.tape.anchor, use)  # type: ignore[no-untyped-call]
+    out = LinearFn.apply(input, weight.detach(), None if bias is None else bias.detach(), c.tape.anchor, use)  # type: ignore[no-untyped-call]
     return c.tagged(out, rows)
 
 

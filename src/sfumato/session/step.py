@@ -237,9 +237,9 @@ class Session:
             plan.event if pays else plan.covered, run=self.run, step=self.steps, note=f"noise: {plan.noise_level}"
         )
         self._epoch_paid = True
-        noise = self._noise()
+        released = self._noised() if plan.noise_std else self._sums
         for name, p in self.capture.parameters.items():
-            grad = (noise[name].add_(self._sums[name]) if name in self._sums else noise[name]).to(p.dtype)
+            grad = released[name].to(p.dtype) if name in released else torch.zeros_like(p)
             before = self._carried.get(name)
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad
@@ -259,8 +259,8 @@ class Session:
         """Sum to p.grad: a public constant (times the scale that the GradScaler will divide out)."""
         return self._loss_scale / self.plan.expected_batch_size
 
-    def _noise(self) -> dict[str, Tensor]:
-        """N(0, (unit·σC)²) for every trainable parameter: one draw a dtype and device, cut to their shapes."""
+    def _noised(self) -> dict[str, Tensor]:
+        """The sums plus N(0, (unit·σC)²), for every trainable parameter: one draw a dtype and device, cut to shape."""
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         parameters = self.capture.parameters
         for name, p in parameters.items():
@@ -269,7 +269,10 @@ class Session:
         for (dtype, device), names in kinds.items():
             sizes = [parameters[n].numel() for n in names]
             flat = self.source.normal((sum(sizes),), std=self.plan.noise_std * self._unit, dtype=dtype, device=device)
-            out |= {n: piece.view_as(parameters[n]) for n, piece in zip(names, flat.split(sizes), strict=True)}
+            for name, piece in zip(names, flat.split(sizes), strict=True):
+                out[name] = piece.view_as(parameters[name])
+                if name in self._sums:
+                    out[name] += self._sums.pop(name)
         return out
 
     # -- violations -------------------------------------------------------------------------------------------------

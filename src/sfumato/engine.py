@@ -218,6 +218,18 @@ class PrivacyEngine:
             )
 
 
+_REFUSED_OPTIMIZERS: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
+    torch.optim.LBFGS: (
+        "evaluates the loss several times on one draw, and each evaluation would be a release of its own",
+        "use SGD, Adam or another optimizer that evaluates once a step.",
+    ),
+    torch.optim.SparseAdam: (
+        "takes sparse gradients, and a private gradient is dense: every row gets noise",
+        "use torch.optim.Adam.",
+    ),
+}
+
+
 def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(module, nn.Module):
         raise ConfigurationError(
@@ -227,20 +239,9 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ConfigurationError(
             f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer.", found=type(optimizer).__name__
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "LBFGS evaluates the loss several times on one draw, and each evaluation would be a release of its own.",
-            found="LBFGS",
-            where="optimizer",
-            fix="use SGD, Adam or another optimizer that evaluates once a step.",
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise UnsupportedError(
-            "SparseAdam takes sparse gradients, and a private gradient is dense: every row gets noise.",
-            found="SparseAdam",
-            where="optimizer",
-            fix="use torch.optim.Adam.",
-        )
+    for kind, (why, fix) in _REFUSED_OPTIMIZERS.items():
+        if isinstance(optimizer, kind):
+            raise UnsupportedError(f"{kind.__name__} {why}.", found=kind.__name__, where="optimizer", fix=fix)
     known = {id(p): n for n, p in module.named_parameters()}
     foreign = [tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in known]
     if foreign:

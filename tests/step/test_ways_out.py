@@ -41,6 +41,8 @@ def _first(h: Tensor) -> Tensor:
 
 FORWARDS: dict[str, Callable[[_Net, Tensor], Tensor]] = {
     "einsum beside an unknown": lambda m, x: torch.einsum("bd,bd,dk->bk", m.a(x), _first(m.a(x)), m.w),
+    "einsum beside an unknown without gradient": lambda m, x: torch.einsum("bd,bd,dk->bk", m.a(x), _first(x), m.w),
+    "whole numbers in a list": lambda m, x: m.b(m.a(x) * torch.tensor(x.argmax(1).tolist()).float().mean()),
     "bilinear with an unknown": lambda m, x: m.pair(m.a(x), _first(m.a(x))),
     "branch on the batch": lambda m, x: m.b(m.a(x) * 2 if m.a(x).abs().max() > 1e-3 and len(x) > 1 else m.a(x)),
     "integers of the batch": lambda m, x: m.b(m.a(x) * int((x > 0).sum())),

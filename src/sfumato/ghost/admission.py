@@ -58,7 +58,11 @@ def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             where=c.where(),
             fix="pass the batch as the private loader gave it, or name its axis with batch_dim=.",
         )
-    c.constant |= {(door, i) for i, t in slots if t.dim() <= c.batch_dim or t.shape[c.batch_dim] != c.records}
+    c.constant |= {
+        (door, i)
+        for i, t in slots
+        if (t.dim() <= c.batch_dim or t.shape[c.batch_dim] != c.records) and storage(t) not in c.loaded
+    }
     for _, tensor in slots:
         if storage(tensor) in c.loaded and not any(tensor is t for t in carriers):
             c.set_tag(tensor, Unknown("an input with other rows than records"))

@@ -56,3 +56,27 @@ def test_dropout_on_the_vmap_tier_draws_a_mask_for_each_record() -> None:
         model(x).square().sum(1).mean().backward()
     assert set(tape.tiers.values()) == {"vmap"}
     assert tape.sq_norms().unique().numel() > 1
+
+
+def test_loss_scale_that_changes_within_a_logical_batch_keeps_the_bound() -> None:
+    x, y = data(12)
+    x = x * 100
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    _, _, loader = sf.PrivacyEngine().make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=12),
+        noise_multiplier=0.0,
+        max_grad_norm=0.01,
+        sampling=sf.Poisson(1.0),
+        max_physical_batch_size=6,
+        grad_scaler=scaler,
+    )
+    for a, b in loader:
+        scaler.scale(F.cross_entropy(model(a), b)).backward()
+        if model.weight.grad is None:
+            scaler.update(1.0)  # from 1024 to 1 between two microbatches
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert torch.cat([g.flatten() for g in grads]).norm() <= 0.01 * (1 + 1e-6)

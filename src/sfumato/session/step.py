@@ -239,7 +239,11 @@ class Session:
         self._epoch_paid = True
         released = self._noised() if plan.noise_std else self._sums
         for name, p in self.capture.parameters.items():
-            grad = released[name].to(p.dtype) if name in released else torch.zeros_like(p)
+            grad = released[name] if name in released else torch.zeros_like(p)
+            if self.grad_scaler is not None:
+                # The scaler divides by its scale of now, whatever it was at earlier microbatches of this batch.
+                grad = grad * self._loss_scale
+            grad = grad.to(p.dtype)
             before = self._carried.get(name)
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad
@@ -256,8 +260,8 @@ class Session:
 
     @property
     def _unit(self) -> float:
-        """Sum to p.grad: a public constant (times the scale that the GradScaler will divide out)."""
-        return self._loss_scale / self.plan.expected_batch_size
+        """Sum to p.grad: a public constant."""
+        return 1.0 / self.plan.expected_batch_size
 
     def _noised(self) -> dict[str, Tensor]:
         """The sums plus N(0, (unit·σC)²), for every trainable parameter: one draw a dtype and device, cut to shape."""

@@ -1,5 +1,7 @@
 """What is released under noise is the clipped sum plus the noise, and nothing else."""
 
+import importlib
+
 import pytest
 import torch
 from tests.step.harness import data
@@ -80,3 +82,49 @@ def test_loss_scale_that_changes_within_a_logical_batch_keeps_the_bound() -> Non
             scaler.update(1.0)  # from 1024 to 1 between two microbatches
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert torch.cat([g.flatten() for g in grads]).norm() <= 0.01 * (1 + 1e-6)
+
+
+def _two_records(**options: object) -> tuple[nn.Linear, sf.PrivacyEngine, DataLoader]:
+    x, y = data(2)
+    model = nn.Linear(5, 3)
+    engine = sf.PrivacyEngine()
+    _, _, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        **options,
+    )
+    return model, engine, loader
+
+
+def test_failure_while_summing_a_microbatch_discards_the_logical_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, engine, loader = _two_records(sampling=sf.Poisson(1.0), max_physical_batch_size=1)
+    step = importlib.import_module("sfumato.session.step")
+    whole, calls = step.clipped, iter([True])
+
+    def once(*args: object) -> object:
+        if next(calls, False):
+            raise RuntimeError("out of memory")
+        return whole(*args)
+
+    monkeypatch.setattr(step, "clipped", once)
+    errors = []
+    for a, b in loader:
+        try:
+            F.cross_entropy(model(a), b).backward()
+        except (RuntimeError, sf.SfumatoError) as error:
+            errors.append(type(error))
+    assert errors == [RuntimeError, sf.errors.PrivacyError]
+    assert engine.steps == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_empty_draw_before_the_scaler_was_used() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    _, engine, loader = _two_records(sampling=sf.Poisson(1e-9), grad_scaler=scaler)
+    iterator = iter(loader)
+    loader._session.empty()
+    assert engine.steps == 1
+    del iterator

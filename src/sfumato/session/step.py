@@ -166,6 +166,8 @@ class Session:
         self.capture.refresh()
         for p in self.module.parameters():
             p.grad = None
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(torch.zeros(()))  # a scaler has no scale before it first scales something
         self._release()
         if self.grad_scaler is not None:
             self.grad_scaler.step(self.optimizer)
@@ -205,7 +207,11 @@ class Session:
             if p.grad is not None and not token.last:
                 self._carried[name] = p.grad if name not in self._carried else self._carried[name] + p.grad
                 p.grad = None
-        self._accumulate(tape, token)
+        try:
+            self._accumulate(tape, token)
+        except BaseException:
+            self._discard()  # a batch that failed in part is not released in part
+            raise
         if token.last:
             self._release()
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sfumato import accounting, errors, noise, sampling
     from sfumato.accounting import Budget, Epsilon, Event, Ledger
+    from sfumato.checking import check, check_rule, fix
     from sfumato.engine import PrivacyEngine
     from sfumato.errors import SfumatoError
     from sfumato.ghost import record
+    from sfumato.ghost.declared import rows
+    from sfumato.ghost.rules.user import rule
     from sfumato.sampling import Poisson, Shuffle
 
 __version__ = "0.1.0"
@@ -25,7 +28,12 @@ _HOMES = {
     "PrivacyEngine": "engine",
     "SfumatoError": "errors",
     "Shuffle": "sampling",
+    "check": "checking",
+    "check_rule": "checking",
+    "fix": "checking",
     "record": "ghost",
+    "rows": "ghost.declared",
+    "rule": "ghost.rules.user",
 }
 _MODULES = ("accounting", "errors", "noise", "sampling")
 
@@ -39,9 +47,14 @@ __all__ = [
     "SfumatoError",
     "Shuffle",
     "accounting",
+    "check",
+    "check_rule",
     "errors",
+    "fix",
     "noise",
     "record",
+    "rows",
+    "rule",
     "sampling",
 ]
 

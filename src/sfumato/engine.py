@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from sfumato.errors import BudgetExceeded, ConfigurationError, PrivacyError, Uns
 from sfumato.ghost import refuse_batch_statistics
 from sfumato.noise import Research, Secure, source
 from sfumato.plan import Plan, resolve
-from sfumato.sampling import Poisson, Shuffle
-from sfumato.session import PrivateLoader, Session, StepFacts, inspect
+from sfumato.sampling import Poisson, Shuffle, Units
+from sfumato.session import PrivacyUnit, PrivateLoader, Session, StepFacts, inspect, units_of
 
 Private = tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]
 
@@ -27,7 +28,8 @@ class PrivacyEngine:
 
     Guarantee: after any number of steps, everything that was released (all values that ``p.grad``, and so the model,
     ever took) is (ε, δ)-differentially private for adding or removing one record of the data set, with ε =
-    ``get_epsilon(delta)``; under ``Shuffle`` for zeroing out one record. Abadi et al. 2016, Algorithm 1.
+    ``get_epsilon(delta)``; under ``Shuffle`` for zeroing out one record; with ``privacy_unit=`` for one user and all
+    their records. Abadi et al. 2016, Algorithm 1; McMahan et al. 2018 for users.
 
     Args:
         ledger: None for a ledger in memory, a path for the durable one, or an ``sf.Ledger``.
@@ -53,6 +55,9 @@ class PrivacyEngine:
         budget: Budget | None = None,
         batch_dim: int = 0,
         grad_scaler: "torch.amp.GradScaler | None" = None,
+        check_first_batch: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_records_per_unit: int | None = None,
     ) -> Private:
         """The same module and optimizer, and a private loader over the same data set.
 
@@ -66,6 +71,15 @@ class PrivacyEngine:
             budget: the loader ends before the step that would exceed it.
             batch_dim: axis of the model's inputs that holds the records.
             grad_scaler: the ``GradScaler`` of an fp16 loop; its scale is divided out before clipping.
+            check_first_batch: before the first batch counts, run the model on it with records replaced, and refuse a
+                model whose outputs for one record depend on others (a few forward passes, once).
+            privacy_unit: whose privacy each record is: ids in the order of the data set, a function of a record, or
+                the name of a field of the records. The guarantee is then for adding or removing one user with all
+                their records: users are drawn, each with all of them, and the sum of a user's gradients is clipped
+                to C. The loader's ``batch_size`` still counts records, of which a batch holds so many on average; the
+                sample rate is that of a user, and ``plan`` counts users. A user's records are never split, so one
+                with more than ``max_physical_batch_size`` makes a larger microbatch.
+            max_records_per_unit: most records of one user in one draw, chosen at random each time.
 
         Raises:
             ConfigurationError, UnsupportedError: before anything is changed.
@@ -95,25 +109,34 @@ class PrivacyEngine:
                 f"grad_scaler={grad_scaler!r} is not a torch.amp.GradScaler.", found=grad_scaler, where="grad_scaler"
             )
         _check_model(module, optimizer)
-        batch_size, dataset_size = inspect(data_loader)
-        sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
+        units, batch_size, dataset_size = self._population(data_loader, privacy_unit, max_records_per_unit)
+        sampler, expected, steps = resolve(sampling, batch_size, dataset_size, None if units is None else len(units))
         origin = source(noise)
         plan = Plan(
             noise_multiplier=sigma,
             max_grad_norm=bound,
             sampler=sampler,
             expected_batch_size=expected,
-            dataset_size=dataset_size,
+            dataset_size=dataset_size if units is None else len(units),
             steps_per_epoch=steps,
             loss_reduction=loss_reduction,
             max_physical_batch_size=physical,
             noise_level=origin.level,
             clipping=clipping,
+            unit="record" if units is None else "user",
         )
         self._session = Session(
-            module, optimizer, plan, origin, self.ledger, budget=budget, batch_dim=batch_dim, grad_scaler=grad_scaler
+            module,
+            optimizer,
+            plan,
+            origin,
+            self.ledger,
+            budget=budget,
+            batch_dim=batch_dim,
+            grad_scaler=grad_scaler,
+            check_first_batch=check_first_batch,
         )
-        return module, optimizer, PrivateLoader(data_loader, self._session)
+        return module, optimizer, PrivateLoader(data_loader, self._session, units)
 
     def make_private_with_epsilon(
         self,
@@ -133,6 +156,9 @@ class PrivacyEngine:
         budget: Budget | None = None,
         batch_dim: int = 0,
         grad_scaler: "torch.amp.GradScaler | None" = None,
+        check_first_batch: bool = True,
+        privacy_unit: PrivacyUnit | None = None,
+        max_records_per_unit: int | None = None,
     ) -> Private:
         """``make_private`` with the least noise for which ``epochs`` epochs stay within the target.
 
@@ -141,9 +167,9 @@ class PrivacyEngine:
         """
         self._refuse_second()
         limit = Budget(epsilon=target_epsilon, delta=target_delta)
-        batch_size, dataset_size = inspect(data_loader)
-        sampler, expected, steps = resolve(sampling, batch_size, dataset_size)
-        trial = Plan(1.0, 1.0, sampler, expected, dataset_size, steps)
+        units, batch_size, dataset_size = self._population(data_loader, privacy_unit, max_records_per_unit)
+        sampler, expected, steps = resolve(sampling, batch_size, dataset_size, None if units is None else len(units))
+        trial = Plan(1.0, 1.0, sampler, expected, dataset_size, steps, unit="record" if units is None else "user")
         sigma = _calibrated(trial, self.ledger.events(), limit, _validate.count("epochs", epochs))
         return self.make_private(
             module=module,
@@ -159,10 +185,15 @@ class PrivacyEngine:
             budget=limit if budget is None else budget,
             batch_dim=batch_dim,
             grad_scaler=grad_scaler,
+            check_first_batch=check_first_batch,
+            privacy_unit=units,
         )
 
     def get_epsilon(self, delta: float) -> Epsilon:
-        """Certified upper bound on ε at ``delta`` of everything this ledger has paid for; changes nothing."""
+        """Certified upper bound on ε at ``delta`` of everything this ledger has paid for; changes nothing.
+
+        For the unit that the events name: one record, or one user with all their records (``privacy_unit=``).
+        """
         return self.ledger.epsilon(delta=delta)
 
     @property
@@ -210,6 +241,24 @@ class PrivacyEngine:
             raise PrivacyError("This engine has made nothing private yet.", fix="call make_private first.")
         return self._session
 
+    def _population(
+        self, loader: DataLoader[Any], privacy_unit: PrivacyUnit | None, cap: int | None
+    ) -> tuple[Units | None, int, int]:
+        """(units, batch size, data set size in records) of a loader, if the ledger speaks of the same unit."""
+        batch_size, records = inspect(loader)
+        units = units_of(loader, privacy_unit, cap)
+        unit = "record" if units is None else "user"
+        others = sorted({event.unit for event in self.ledger.events()} - {unit})
+        if others:
+            raise UnsupportedError(
+                f"The ledger holds releases that protect one {others[0]}, and these would protect one {unit}: no "
+                "single ε describes both.",
+                found=others,
+                where="privacy_unit",
+                fix="use another ledger, and report both guarantees.",
+            )
+        return units, batch_size, records if units is None else units.records
+
     def _refuse_second(self) -> None:
         if self._session is not None:
             raise UnsupportedError(
@@ -252,6 +301,11 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             where="optimizer",
             fix="build the optimizer from module.parameters().",
         )
+    refuse_module(module)
+
+
+def refuse_module(module: nn.Module) -> None:
+    """A model that cannot be made private, whatever its inputs are."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     compiled = hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx")
     if isinstance(module, wrappers) or compiled or isinstance(module, torch.jit.ScriptModule):
@@ -262,7 +316,11 @@ def _check_model(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             fix="make the plain module private, in one process and not compiled.",
         )
     if not any(p.requires_grad for p in module.parameters()):
-        raise ConfigurationError("The module has no trainable parameter.", where="module")
+        raise ConfigurationError(
+            "The module has no trainable parameter.",
+            where="module",
+            fix="call requires_grad_(True) on what is to be trained.",
+        )
     refuse_batch_statistics(module, "")
 
 
@@ -274,9 +332,7 @@ def _calibrated(trial: Plan, spent: dict[Event, int], limit: Budget, epochs: int
         )
 
     def total(sigma: float) -> float:
-        event = Event(
-            trial.event.mechanism, sigma, trial.event.sample_rate, trial.adjacency, sampler=trial.event.sampler
-        )
+        event = replace(trial.event, noise_multiplier=sigma)
         return float(compose({**spent, event: spent.get(event, 0) + charges}, delta=limit.delta))
 
     if float(compose(spent, delta=limit.delta)) >= limit.epsilon:

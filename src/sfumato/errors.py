@@ -7,6 +7,7 @@ SfumatoError
 │   └── UnknownBatchAxis    which record a row belongs to cannot be established
 ├── PrivacyError            an unsafe call order or an unclipped gradient during training
 │   ├── UnclippedGradient   autograd wrote into a private parameter behind the engine's back
+│   ├── GradientMismatch    a rule's per-sample gradient is not that of the record alone
 │   ├── TokenError          a backward without, or with an already spent, batch of the private loader
 │   └── RowsMismatch        rows that reach the model are not the records that were drawn
 ├── BudgetExceeded          the budget does not allow one more step
@@ -47,6 +48,10 @@ class PrivacyError(SfumatoError):
 
 class UnclippedGradient(PrivacyError):
     """Autograd accumulated an unclipped gradient into a private parameter."""
+
+
+class GradientMismatch(PrivacyError):
+    """A per-sample gradient is not that of the record alone."""
 
 
 class TokenError(PrivacyError):

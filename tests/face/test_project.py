@@ -23,10 +23,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 README = (ROOT / "README.md").read_text()
 
-CONTRACT = {"Budget", "Ledger", "PrivacyEngine", "SfumatoError", "accounting", "record"}
+CONTRACT = {"Budget", "Ledger", "PrivacyEngine", "SfumatoError", "accounting", "record", "rows"}
 OPTIONAL = {
-    "dp_accounting", "jinja2", "jsonargparse", "matplotlib", "opacus", "pandas", "PIL", "pyarrow", "rich",
-    "safetensors", "sklearn", "tqdm", "yaml",
+    "dp_accounting", "jinja2", "jsonargparse", "matplotlib", "opacus", "pandas", "peft", "PIL", "pyarrow",
+    "rich", "safetensors", "sklearn", "tqdm", "transformers", "yaml",
 }  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def distribution(requirement: str) -> str:
 
 
 def test_extras_exist() -> None:
-    assert set(EXTRAS) >= {"cli", "data", "bench", "dev"}
+    assert set(EXTRAS) >= {"cli", "data", "hf", "bench", "dev"}
 
 
 def test_every_requirement_is_pinned() -> None:
@@ -176,9 +176,11 @@ def test_readme_shows_the_two_commands_and_ci_runs_the_second() -> None:
 
 
 def test_readme_example_runs_and_keeps_its_promise() -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
+    """The blocks of the README are one session."""
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S))
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"BatchNorm2d.*No problem found", done.stdout, flags=re.S), done.stdout
     match = re.search(r"accuracy (\d\.\d+) at epsilon (\d\.\d+)", done.stdout)
     assert match, done.stdout
     accuracy, spent = float(match[1]), float(match[2])

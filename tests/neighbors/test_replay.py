@@ -18,6 +18,8 @@ from tests.step.harness import World, distance, world
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sfumato as sf
+
 SLACK = 1e-6
 HOSTILE = {
     "nan": float("nan"),
@@ -87,8 +89,8 @@ def replay(
         case.build(),
         (x, y),
         indices=indices,
-        batch_size=len(x),  # steps_per_epoch is 1: the whole epoch is this one draw
-        sampling=None,
+        batch_size=len(x),
+        sampling=sf.Poisson(1 - 1e-10),  # one step an epoch; at rate 1 nobody could be left out
         noise_multiplier=0.0,
         max_grad_norm=c,
         loss_reduction=reduction,

@@ -49,6 +49,8 @@ def leaves(out: Any) -> list[Tensor]:
         return [out]
     if dataclasses.is_dataclass(out):
         out = [getattr(out, f.name) for f in dataclasses.fields(out)]
+    if not isinstance(out, (dict, list, tuple)):
+        return []  # no output, a cache
     items = out.values() if isinstance(out, dict) else out
     return [leaf for item in items for leaf in leaves(item)]
 

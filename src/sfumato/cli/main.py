@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BudgetExceeded, PrivacyError, SfumatoError
-from . import calibrate, epsilon, train
+from . import calibrate, check, epsilon, train
 from .messages import one_line, parser_message
 from .result import Result
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 OK, FAILED, USAGE = 0, 1, 2
-COMMANDS: dict[str, ModuleType] = {"train": train, "epsilon": epsilon, "calibrate": calibrate}
+COMMANDS: dict[str, ModuleType] = {"train": train, "epsilon": epsilon, "calibrate": calibrate, "check": check}
 
 
 class Command(Protocol):
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(name, "interrupted. " + _text(error), FAILED)
     print(json.dumps(result.data, allow_nan=False) if options[options.command].json else result.text)
-    return OK
+    return OK if result.ok else FAILED
 
 
 def _parser() -> ArgumentParser:

@@ -9,10 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """``data``: the JSON object; ``text``: the same for people."""
+    """``data``: the JSON object; ``text``: the same for people; ``ok``: False exits with 1."""
 
     data: dict[str, Any]
     text: str
+    ok: bool = True
 
 
 def finite(value: float) -> float | None:

@@ -5,16 +5,17 @@ from sfumato.ghost.clip import Norms, clipped, total_norms, wide_dtype
 from sfumato.ghost.entry import install, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
 from sfumato.ghost.guard import Guard
-from sfumato.ghost.pullback import Bundle, collect
+from sfumato.ghost.pullback import Parts, by_unit, collect
 from sfumato.ghost.recording import record
 from sfumato.ghost.tape import Tape
 
 __all__ = [
-    "Bundle",
     "Capture",
     "Guard",
     "Norms",
+    "Parts",
     "Tape",
+    "by_unit",
     "clipped",
     "collect",
     "install",

@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sfumato.errors import CoupledRecords, RowsMismatch, UnknownBatchAxis, UnsupportedError
-from sfumato.ghost import indexing
+from sfumato.errors import RowsMismatch, UnknownBatchAxis, UnsupportedError
+from sfumato.ghost import declared, indexing
 from sfumato.ghost.rows import Coupled, Rows, Unknown
 from sfumato.ghost.rules import NoRule
 from sfumato.ghost.writes import place, storage
@@ -16,14 +16,11 @@ if TYPE_CHECKING:
     from sfumato.ghost.capture import Capture
 
 
-def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def admit(c: "Capture", door: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tag the records among the inputs of the module ``door``; everything else is a constant."""
     slots = list(indexing.named_tensors((args, kwargs)))
     if torch._C._current_graph_task_id() != -1:
-        # Checkpointing kept the input's memory alive, but hands it back as another tensor.
-        for _, t in slots:
-            if (tag := c.places.get(place(t))) is not None and c.tag(t) is None:
-                c.set_tag(t, tag)
+        _readmit(c, [t for _, t in slots])
     seen = [t for _, t in slots if c.own_tag(t) is not None]
     slots = [(i, t) for i, t in slots if not any(t is o for o in seen)]
     strayed = next(
@@ -38,6 +35,9 @@ def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]
             where=c.where(),
             fix="put these operations into the forward of a module, and call that.",
         )
+    if (declaration := declared.active(c)) is not None:
+        _admit_declared(c, declaration, door, args, kwargs, bool(seen))
+        return
     # An input that once did not have the size of the batch is a constant, whatever size the batch has now.
     slots = [(i, t) for i, t in slots if (door, i) not in c.constant and c.known_target(t) is None]
     dims = [t for _, t in slots if t.dim() > c.batch_dim]
@@ -71,9 +71,54 @@ def admit(c: "Capture", door: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         c.set_tag(tensor, Rows(c.batch_dim))
 
 
+def _admit_declared(
+    c: "Capture",
+    declaration: declared.rows,
+    door: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seen: bool,
+) -> None:
+    with torch._C.DisableTorchFunction():
+        found = declared.admitted(c, declaration, door.forward, args, kwargs)
+    if not seen and not any(rows is not None for _, rows, _ in found):
+        raise RowsMismatch("sf.rows: no input of the model carries records.", where=c.where())
+    for tensor, rows, named in found:
+        if rows is not None:
+            if not named:
+                _refuse_transposed(c, tensor)
+            c.set_tag(tensor, rows)
+
+
+def remember(c: "Capture", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Inside a checkpoint, note what the inputs of a module are: a constant may lie where a record once lay."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        for _, t in indexing.named_tensors((args, kwargs)):
+            c.places[place(t)] = c.own_tag(t), c.tape
+
+
+def _readmit(c: "Capture", inputs: list[Tensor]) -> None:
+    """Checkpointing kept the memory of the inputs alive, but hands it back as other tensors.
+
+    What a recomputation leaves on a tape is never used: the first forward's operations run the backward. It only has to
+    take the same way, so a tensor made outside of every module finds its tape by its size.
+    """
+    found = False
+    for t in inputs:
+        tag, tape = c.places.get(place(t), (None, None))
+        if tag is not None:
+            found = True
+            c.resume(tape)
+            if c.own_tag(t) is None:
+                c.set_tag(t, tag)
+    sizes = [t.shape[c.batch_dim] for t in inputs if t.dim() > c.batch_dim]
+    if not found and sizes:
+        c.resume(next((tape for tape in c.tape.family() if tape.records == sizes[0]), None))
+
+
 def _refuse_transposed(c: "Capture", x: Tensor) -> None:
     """A transposed batch with T == B has the right size on the wrong axis; its strides give it away."""
-    axis, records = c.batch_dim, c.records
+    axis, records = c.batch_dim, x.shape[c.batch_dim]
     if records < 2 or x.numel() == 0 or axis != 0:  # another axis than the first was declared on purpose
         return
     # An activation that left the capture may come back with any of its axes first.
@@ -103,13 +148,9 @@ def check_output(c: "Capture", out: Any) -> None:
         lost = isinstance(tensor, Tensor) and tensor.requires_grad and tag is None and c.known_target(tensor) is None
         if lost and c.records > 0:
             raise NoRule("the output", "it comes from an operation that cannot be seen")
-        if isinstance(tag, Rows) and tag.owner is not None:
-            raise CoupledRecords(
-                "The rows of an output are not those of the batch in order, so the loss would pair them with labels of "
-                "other records.",
-                where=c.where(),
-                fix="return one row, or one block of rows, for each record, in the order of the batch.",
-            )
+        if isinstance(tag, Rows):
+            with torch._C.DisableTorchFunction():
+                declared.check_leaving(c, tag)
     for name, buffer in c.module.named_buffers():
         if c.tag(buffer) is not None:
             refuse_buffer(name)

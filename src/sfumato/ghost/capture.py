@@ -6,7 +6,8 @@ under autograd, and where the two meet a rule takes over.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -15,29 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import indexing, rules
-from sfumato.ghost.functions import RowsFn, SpreadFn, Use
+from sfumato.ghost.calls import DECISIONS, ESCAPES, METADATA, name_of
+from sfumato.ghost.functions import Use
+from sfumato.ghost.landing import LANDINGS, follow
 from sfumato.ghost.propagation import clean, is_pointwise, propagate
-from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown, owners
-from sfumato.ghost.rules import NoRule
+from sfumato.ghost.rows import Coupled, Histogram, Order, Reduced, Rows, Tag, Unknown, Verdict
+from sfumato.ghost.rules import NoRule, Split
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import RESHAPES, SWAPS, Derived, Param, Target, derive_from
 from sfumato.ghost.writes import after_setitem, place, same, storage, taint, written_by
-
-_METADATA = set(
-    "shape dtype device ndim requires_grad is_leaf grad_fn layout is_cuda grad names itemsize nbytes is_sparse is_meta "
-    "is_quantized is_nested is_mkldnn is_cpu size dim numel stride is_floating_point is_complex element_size "
-    "storage_offset is_contiguous get_device data_ptr untyped_storage nelement ndimension is_inference is_conj is_neg "
-    "retain_grad _version output_nr is_shared __len__ __repr__ "
-    "__hash__ is_same_size _is_view is_signed __contains__ "
-    "register_post_accumulate_grad_hook _backward_hooks is_mps is_xpu volatile name".split()
-)
-_DECISIONS = {"__bool__", "is_nonzero", "equal", "allclose"}
-_ESCAPES = {"item", "tolist", "numpy", "__float__", "__array__", "__complex__", "__int__", "__index__", "__format__"}
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", "")
-    return getattr(func.__self__, "__name__", "") if name == "__get__" else name  # type: ignore[attr-defined]
 
 
 class Capture(TorchFunctionMode):
@@ -62,17 +49,22 @@ class Capture(TorchFunctionMode):
         self.output_axes: dict[tuple[nn.Module, int], int] = {}
         self.judged: set[nn.Module] = set()  # modules on a lower tier that were seen to treat each record alone
         self.tiers: dict[str, str] = {}  # modules that run below the rule tier
+        self.reasons: dict[str, str] = {}  # why a module left the tiers above
+        self.probing = False  # judge every door natively at its first batch
+        self.probed: set[nn.Module] = set()
+        self.prober: int | None = None  # the thread that probes now
         self.live = False  # a tape is wanted
         self.suspended = False  # inside a lower tier: operations run natively
         self.alone = False  # inside a lower tier that runs one record at a time
         self.path: list[str] = []
-        self.constant: set[tuple[str, str]] = set()  # inputs known to carry no records
+        self.opened: dict[nn.Module, str] = {}  # modules whose forward leads here, by the name they have now
+        self.constant: set[tuple[nn.Module, str]] = set()  # inputs known to carry no records
         self.loaded: set[int] = set()  # storages of the batch that the private loader yielded
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
         self.tags: dict[int, tuple[weakref.ref[Tensor], Tag]] = {}
-        self.places: dict[tuple[object, ...], Tag] = {}  # tags by memory, for what a recomputation hands back
+        self.places: dict[tuple[object, ...], tuple[Tag | None, Tape | None]] = {}  # by memory, for recomputations
         self.tainted: dict[int, Tag] = {}  # storages written to behind the back of their tags
         self._stale: dict[int, weakref.ref[Tensor]] = {}  # tensors of an earlier batch that are still alive
         self._derived: dict[int, Derived] = {}
@@ -166,7 +158,7 @@ class Capture(TorchFunctionMode):
         if isinstance(tag, (Coupled, Unknown)) and value.requires_grad and not value.is_leaf:
             value.register_hook(_mixed_gradient(tag))
         self.tags[id(value)] = (weakref.ref(value), tag)
-        self.places[place(value)] = tag
+        self.places[place(value)] = tag, self._tape
 
     def tagged(self, value: Any, rows: Rows) -> Any:
         for t in (value,) if isinstance(value, Tensor) else value or ():
@@ -208,26 +200,28 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         if self.suspended or self._tape is None:
             if self.suspended:
-                if (screen := rules.SCREENS.get(clean(_name(func)))) is not None:
+                if (screen := rules.SCREENS.get(clean(name_of(func)))) is not None:
                     screen(self, *args, **(kwargs or {}))
                 caught = (
                     self.alone
-                    and _name(func) not in _METADATA
+                    and name_of(func) not in METADATA
                     and any(self.own_tag(t) is not None for t in indexing.tensors(args, kwargs))
                 )
                 if caught:
-                    raise NoRule(_name(func), "a value of the whole batch that is no argument of the module")
+                    raise NoRule(name_of(func), "a value of the whole batch that is no argument of the module")
             return func(*args, **(kwargs or {}))
         return self.call(func, *args, **(kwargs or {}))
 
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation as the mode sees it."""
-        name = _name(func)
-        if name in _METADATA and func is not torch.autograd.grad:
+        name = name_of(func)
+        if name in METADATA and func is not torch.autograd.grad:
             return func(*args, **kwargs)
         operands = list(indexing.tensors(args, kwargs))
         tagged = any(self.tag(t) is not None for t in operands)
         base = clean(name)
+        if tagged and (own := rules.user.find(func)) is not None:
+            return rules.user.run(self, func, own, args, kwargs)
         if tagged and base in rules.SCREENS:
             rules.SCREENS[base](self, *args, **kwargs)
         targets = [f for t in operands if (f := self.target(t)) is not None] if torch.is_grad_enabled() else []
@@ -240,7 +234,9 @@ class Capture(TorchFunctionMode):
         if base == "where" or (base not in rules.RULES and is_pointwise(base)):
             return rules.broadcast(self, name, func, args, kwargs)
         for t in operands:
-            if (tag := self.tag(t)) is not None and not isinstance(tag, Rows):
+            ordered = isinstance(tag := self.tag(t), Order) and base in rules.recurrent.ORDERED
+            ordered = ordered or (isinstance(tag, Histogram) and base == "grouped_mm")
+            if tag is not None and not isinstance(tag, Rows) and not ordered:
                 self.refuse_mixed(base, tag)
         if base not in rules.RULES:
             raise NoRule(base, "no rule for this operation")
@@ -251,24 +247,9 @@ class Capture(TorchFunctionMode):
         operands = list(indexing.tensors(args, kwargs))
         if any(t.requires_grad and self.tag(t) is None for t in operands):
             raise NoRule(base, "an operand carries gradients but no known record axis")
-        whole = any((tag := self.tag(t)) is not None and not isinstance(tag, Rows) for t in operands)
-        if name in _DECISIONS and (whole or name != "__bool__"):
-            raise NoRule(name, "a decision taken from the whole batch")
-        if name in _ESCAPES and any(t.is_floating_point() or isinstance(self.tag(t), Reduced) for t in operands):
-            raise CoupledRecords(
-                f"{name}() takes a value of private records out of the graph, where it could reach other records "
-                "unseen.",
-                where=self.where(),
-                fix="compute it with tensor operations, for each record on its own.",
-            )
-        if name in _ESCAPES and self.records > 1:
-            raise NoRule(name, "a number taken from the whole batch")
-        if name == "register_hook":
-            raise UnsupportedError(
-                "A hook on an activation can mix the gradients of different records.",
-                where=self.where(),
-                fix="remove register_hook from the forward.",
-            )
+        if name in DECISIONS and isinstance(verdict := self.tag(operands[0]), Verdict):
+            return self._decided(verdict)
+        self._refuse_leaks(name, operands)
         written = written_by(name, args, kwargs)
         before = None if written is None else self.tag(written)
         out = func(*args, **kwargs)
@@ -279,17 +260,77 @@ class Capture(TorchFunctionMode):
         elif base == "setitem":
             self.set_tag(args[0], after_setitem(self, *args))
         elif name == "__set__":
-            self.set_tag(args[0], Unknown("data"))
+            if getattr(getattr(func, "__self__", None), "__name__", "") != "requires_grad":
+                self.set_tag(args[0], Unknown("data"))
         elif name.endswith("_") and not name.startswith("_") and base in SWAPS | RESHAPES:
             self.set_tag(out, Unknown(name))
         else:
-            for tensor, tag in propagate(name, self.tag, self.tape.records or 0, args, kwargs, out):
+            found = follow(self, base, args, kwargs, out) if base in LANDINGS else None
+            if found is None:
+                found = propagate(name, self.tag, self.tape.records or 0, args, kwargs, out)
+            for tensor, tag in found:
                 self.set_tag(tensor, self._fitting(tensor, tag, base))
         if written is not None and (out is written or base in ("setitem", "set") or "out" in kwargs):
             after = self.tag(written)
-            if not isinstance(after, Rows) or not isinstance(before, Rows) or not same(before, after):
+            if not same(before, after):
                 taint(self, written, after)
         return out
+
+    def _refuse_leaks(self, name: str, operands: list[Tensor]) -> None:
+        """Calls by which records would reach Python, or each other's gradients, unseen."""
+        whole = any((tag := self.tag(t)) is not None and not isinstance(tag, Rows) for t in operands)
+        if name in DECISIONS and (whole or name != "__bool__"):
+            raise NoRule(name, "a decision taken from the whole batch")
+        if name in ESCAPES and any(t.is_floating_point() or isinstance(self.tag(t), Reduced) for t in operands):
+            raise CoupledRecords(
+                f"{name}() takes a value of private records out of the graph, where it could reach other records "
+                "unseen.",
+                where=self.where(),
+                fix="compute it with tensor operations, for each record on its own.",
+            )
+        if name in ESCAPES and self.records > 1:
+            raise NoRule(name, "a number taken from the whole batch")
+        if name == "register_hook":
+            raise UnsupportedError(
+                "A hook on an activation can mix the gradients of different records.",
+                where=self.where(),
+                fix="remove register_hook from the forward.",
+            )
+
+    def _decided(self, verdict: Verdict) -> bool:
+        """Where all records would decide alike, each goes the way it would go alone; else they go apart."""
+        yes = bool(verdict.each.any())
+        if yes and not bool(verdict.each.all()):
+            raise Split(verdict.each)
+        return yes
+
+    @contextmanager
+    def branch(self, ids: Tensor) -> Iterator[None]:
+        """Some records of the batch as a batch of their own. The values of the whole batch stay outside."""
+        whole, tags = self.tape, self.tags
+        stale = self._stale
+        self._stale = stale | {k: r for k, (r, _) in tags.items() if r() is not None}
+        self._tape, self.tags = whole.branch(ids), {}
+        try:
+            yield
+        finally:
+            self._stale = stale | {k: r for k, (r, _) in self.tags.items() if r() is not None}
+            self._tape, self.tags = whole, tags
+
+    @contextmanager
+    def returning(self) -> Iterator[None]:
+        """Back to this tape at the end, whichever a recomputation resumed."""
+        tape = self._tape
+        try:
+            yield
+        finally:
+            if torch._C._current_graph_task_id() != -1:
+                self._tape = tape
+
+    def resume(self, tape: Tape | None) -> None:
+        """A recomputation goes on where its forward was: perhaps among some of the records only."""
+        if tape is not None:
+            self._tape = tape
 
     def _fitting(self, tensor: Tensor, tag: Tag, name: str) -> Tag:
         """A tag whose rows do not fill its axis came from a rule that misread the call."""
@@ -322,46 +363,6 @@ class Capture(TorchFunctionMode):
 
     def use(self, rows: Rows, weight: Tensor, bias: Tensor | None) -> Use:
         return Use(self.tape, rows, self.records, self.target(weight), None if bias is None else self.target(bias))
-
-    # -- one copy of a parameter for each record ----------------------------------------------------------------------
-
-    def spread(self, value: Tensor) -> Tensor:
-        """(B, *shape): the parameter, once for each record."""
-        target = self.target(value)
-        out: Tensor = SpreadFn.apply(value.detach(), self.tape.anchor, target, self.tape, self.records)  # type: ignore[no-untyped-call]
-        return out
-
-    def spread_rows(self, value: Tensor, rows: Rows) -> Tensor:
-        """(R, *shape): the parameter, once for each row."""
-        copies = self.spread(value)
-        return copies if rows.plain else copies.index_select(0, owners(rows, self.records, value.device))
-
-    def spread_along(self, value: Tensor, rows: Rows, ndim: int, axis: int) -> Tensor:
-        """The parameter with the rows inserted on ``axis`` of its right-aligned ``ndim`` axes."""
-        own = axis - (ndim - value.dim())
-        if own >= 0 and value.shape[own] != 1:
-            raise NoRule("spread", "the parameter has an axis of its own where the records are")
-        copies = self.spread_rows(value, rows)
-        shaped = copies.reshape(copies.shape[0], *[1] * (ndim - value.dim()), *value.shape)
-        return shaped.movedim(0, axis).squeeze(axis + 1)
-
-    def as_rows(self, value: Tensor, rows: Rows) -> Tensor:
-        """A derived tensor that already has the rows on ``rows.axis``."""
-        target = self.target(value)
-        if isinstance(target, Param):
-            target = Derived(value, (target.name,))
-        out: Tensor = RowsFn.apply(value.detach(), self.tape.anchor, target, rows, self.tape, self.records)  # type: ignore[no-untyped-call]
-        self.set_tag(out, rows)
-        return out
-
-    def align(self, value: Tensor, rows: Rows, ndim: int) -> Tensor:
-        """A parameter made ready to be broadcast against records on ``rows.axis`` of ``ndim`` axes."""
-        if self.target(value) is None:
-            return value
-        own = rows.axis - (ndim - value.dim())
-        if own >= 0 and value.shape[own] != 1:
-            return self.as_rows(value, rows.at(own))
-        return self.spread_along(value, rows, ndim, rows.axis)
 
     def refuse_mixed(self, name: str, tag: Tag | None) -> NoReturn:
         if isinstance(tag, Unknown):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sfumato.clipping import flat_weights
 from sfumato.ghost.functions import full_precision
-from sfumato.ghost.pullback import Bundle
+from sfumato.ghost.pullback import Bundle, Parts
 from sfumato.terms import Dense, Grams, device, double, keep, materialize, measured, select, weighted_sum
 
 # Elements of per-sample gradients that may be kept instead of computed twice (1 GiB of float32 at most in all).
@@ -30,8 +30,21 @@ class Norms:
 
 @torch.no_grad()
 @full_precision()
-def total_norms(bundle: Bundle, records: int) -> Norms:
-    """Norms over all parameters. May materialise terms of the bundle in place."""
+def total_norms(parts: Parts, records: int) -> Norms:
+    """Norms over all parameters. May materialise terms of the bundles in place."""
+    whole = Norms(torch.zeros(records, dtype=torch.float64), torch.zeros(records, dtype=torch.bool))
+    for ids, bundle in parts:
+        part = _norms(bundle, records if ids is None else ids.numel())
+        if ids is None:
+            return part
+        at = ids.to(part.sq.device)
+        whole = Norms(
+            whole.sq.to(at.device).index_copy(0, at, part.sq), whole.apart.to(at.device).index_copy(0, at, part.apart)
+        )
+    return whole
+
+
+def _norms(bundle: Bundle, records: int) -> Norms:
     grams: Grams = {}
     budget = KEEP_ELEMENTS
     sq = torch.zeros(records, dtype=torch.float64)
@@ -60,7 +73,7 @@ def _alone(bundle: Bundle, record: int) -> dict[str, Tensor]:
 @torch.no_grad()
 @full_precision()
 def clipped(
-    bundle: Bundle, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0, unit: float = 1.0
+    parts: Parts, norms: Norms, max_grad_norm: float, dtype: torch.dtype, scale: float = 1.0, unit: float = 1.0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """({name: unit·Σ_b w_b·scale·G_b}, w): w_b·scale·‖G_b‖ <= max_grad_norm; gradients are ``scale`` times the terms'.
 
@@ -68,15 +81,24 @@ def clipped(
     Records of weight 0 are left out, not multiplied by zero: 0·inf is NaN.
     """
     weights = flat_weights(norms.sq * scale**2, max_grad_norm, dtype)
-    together = (weights > 0) & ~norms.apart
+    out: dict[str, Tensor] = {}
+    for ids, bundle in parts:
+        at = slice(None) if ids is None else ids.to(weights.device)
+        for name, total in _summed(bundle, weights[at], norms.apart[at], scale * unit).items():
+            out[name] = out[name] + total if name in out else total
+    return out, weights
+
+
+def _summed(bundle: Bundle, weights: Tensor, apart: Tensor, factor: float) -> dict[str, Tensor]:
+    together = (weights > 0) & ~apart
     everything = bool(together.all())
-    factors = (weights if everything else weights[together]) * (scale * unit)
+    factors = (weights if everything else weights[together]) * factor
     out: dict[str, Tensor] = {}
     for name, terms in bundle.items():
         chosen = terms if everything else [select(t, together.to(device(t))) for t in terms]
         parts = [weighted_sum(t, factors.to(device(t))) for t in chosen]
         out[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    for b in (norms.apart & (weights > 0)).nonzero().flatten().tolist():
+    for b in (apart & (weights > 0)).nonzero().flatten().tolist():
         for name, gradient in _alone(bundle, b).items():
-            out[name] = out[name] + (gradient * (weights[b] * (scale * unit))).to(out[name].dtype)
-    return out, weights
+            out[name] = out[name] + (gradient * (weights[b] * factor)).to(out[name].dtype)
+    return out

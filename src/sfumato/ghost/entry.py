@@ -15,10 +15,12 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from sfumato.errors import SfumatoError, UnsupportedError
-from sfumato.ghost.admission import admit, check_output
+from sfumato.ghost.admission import admit, check_output, remember
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.fallback import TIERS, judge, refuse_batch_statistics
-from sfumato.ghost.rules import NoRule
+from sfumato.ghost.groups import by_groups
+from sfumato.ghost.probe import probe, wait
+from sfumato.ghost.rules import NoRule, Split
 
 
 class _Forward:
@@ -31,17 +33,23 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         c = self.capture
+        wait(c)
         if c.live and not c.suspended:
             self._refuse_side_effects()
         if not c.live or c.suspended or not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
         if any(mode is c for mode in _get_current_function_mode_stack()):
+            remember(c, args, kwargs)
             return self._run(args, kwargs)
         if torch._C._current_graph_task_id() != -1:
             _refuse_reentrant_checkpoint(self.name)
+        else:
+            install(c)
         c.refresh()
-        with c:
-            admit(c, self.name, args, kwargs)
+        with c, c.returning():
+            admit(c, self.module, args, kwargs)
+            if c.probing and self.module not in c.probed:
+                probe(c, self.module, self.__wrapped__, args, kwargs)
             return self._run(args, kwargs, outermost=True)
 
     def _refuse_side_effects(self) -> None:
@@ -71,6 +79,11 @@ class _Forward:
                     if outermost:
                         check_output(c, out)
                     return out
+                except Split as decision:
+                    if not outermost:
+                        raise
+                    run = lambda a, k: self._run(a, k, outermost=True)  # noqa: E731
+                    return by_groups(c, self.module, decision.each, run, self.__wrapped__, args, kwargs)
                 except NoRule as reason:
                     tier = self._lower(tier, reason, outermost)
                 except SfumatoError:
@@ -87,14 +100,19 @@ class _Forward:
 
     def _lower(self, tier: str, reason: NoRule, outermost: bool) -> str:
         """The next tier for this module, or up to the module that contains it."""
+        reasons = self.capture.reasons
+        reasons[self.name] = str(reason) if tier == "rule" else f"{reasons.get(self.name, '')}; {tier} failed: {reason}"
         if tier == "rule":
             return "vmap"
-        if not outermost:
-            raise reason
-        if tier == "vmap":
+        # What vmap cannot run at all (sizes that depend on the data) fails in every module around this one too.
+        if tier == "vmap" and (outermost or reason.__cause__ is not None):
             return "microbatch"
+        if not outermost:
+            reason.args = (reasons[self.name],)  # what the tiers above failed for
+            raise reason
         raise UnsupportedError(
-            f"No exact per-sample gradient for this model: {reason}.", where=self.name or type(self.module).__name__
+            f"No exact per-sample gradient for this model: {reasons[self.name]}.",
+            where=self.name or type(self.module).__name__,
         ) from reason
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -121,24 +139,44 @@ def _refuse_reentrant_checkpoint(name: str) -> None:
 
 
 def install(capture: Capture) -> None:
-    """Open every module of the model to the capture."""
-    for name, module in capture.module.named_modules():
-        if isinstance(module.__dict__.get("forward"), _Forward):
+    """Open every module of the model to the capture, and close those that have left the model since."""
+    modules = dict(capture.module.named_modules())
+    doors = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    for name, door in doors.items():
+        if isinstance(door, _Forward) and door.capture is not capture:
             raise UnsupportedError(
                 "The model already belongs to a private engine or record().",
-                where=name or type(module).__name__,
+                where=name or type(modules[name]).__name__,
                 fix="call engine.detach() first.",
             )
-    for name, module in capture.module.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):
+    now = {module: name for name, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
+    if now == capture.opened:
+        return
+    for module in capture.opened.keys() - now.keys():
+        _close(capture, module)
+    for module, name in now.items():
+        door = doors[name]
+        if not isinstance(door, _Forward):
             module.__dict__["forward"] = _Forward(capture, module, name)
+        elif door.module is not module:  # copy.copy() of a module of this model
+            _close(capture, module)
+            module.__dict__["forward"] = _Forward(capture, module, name)
+        else:
+            door.name = name
+    capture.opened = now
+    capture.tiers.clear()  # by name: another module may bear it now
 
 
 def remove(capture: Capture) -> None:
     """Put every forward back as it was."""
-    for module in capture.module.modules():
-        override = module.__dict__.get("forward")
-        if isinstance(override, _Forward) and override.capture is capture:
-            del module.__dict__["forward"]
-            if override.own is not None:
-                module.__dict__["forward"] = override.own
+    for module in (*capture.opened, *capture.module.modules()):
+        _close(capture, module)
+    capture.opened = {}
+
+
+def _close(capture: Capture, module: nn.Module) -> None:
+    override = module.__dict__.get("forward")
+    if isinstance(override, _Forward) and override.capture is capture:
+        del module.__dict__["forward"]
+        if override.own is not None:
+            module.__dict__["forward"] = override.own

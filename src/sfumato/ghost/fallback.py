@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sfumato.errors import CoupledRecords, UnsupportedError
-from sfumato.ghost import indexing
+from sfumato.ghost import copies, indexing
 from sfumato.ghost.admission import refuse_buffer
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.rows import Reduced, Rows
@@ -30,7 +30,7 @@ def refuse_batch_statistics(module: nn.Module, where: str) -> None:
                 "bound one record's influence.",
                 found=type(child).__name__,
                 where=".".join(p for p in (where, name) if p),
-                fix="replace it by GroupNorm, or put the layer in eval() mode.",
+                fix="replace it by GroupNorm (sf.fix does so), or put the layer in eval() mode.",
             )
         tracks = isinstance(child, nn.modules.instancenorm._InstanceNorm) and child.track_running_stats
         if tracks and child.training:
@@ -39,11 +39,11 @@ def refuse_batch_statistics(module: nn.Module, where: str) -> None:
                 "un-noised.",
                 found=type(child).__name__,
                 where=".".join(p for p in (where, name) if p),
-                fix="build it with track_running_stats=False.",
+                fix="build it with track_running_stats=False (sf.fix switches it off).",
             )
 
 
-class _suspended:
+class suspended:
     """The mode lets everything through while a lower tier runs; no buffer may change meanwhile."""
 
     def __init__(self, c: Capture, module: nn.Module, alone: bool = False):
@@ -79,7 +79,7 @@ def _kept(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
 
 def _copies(c: Capture, module: nn.Module) -> dict[str, Tensor]:
     """{name in module: (B, *shape)} for the trainable parameters of the module."""
-    return {n: c.spread(p) for n, p in module.named_parameters() if c.target(p) is not None}
+    return {n: copies.spread(c, p) for n, p in module.named_parameters() if c.target(p) is not None}
 
 
 def _joined_loss(c: Capture, values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _joined_loss(c: Capture, values: Tensor) -> Tensor:
     return out
 
 
-def _refuse_hidden(c: Capture, flat: list[Any]) -> None:
+def refuse_hidden(c: Capture, flat: list[Any]) -> None:
     """Records inside an object that is not a plain container cannot be handed out one at a time."""
     for value in flat:
         if not isinstance(value, Tensor) and any(c.tag(t) is not None for t in indexing.deep_tensors((value,))):
@@ -109,16 +109,32 @@ def judge(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """Once for each module on a lower tier: seeing one record at a time must not change what it computes.
+    """Once for each module on a lower tier: seeing one record at a time must not change what it computes."""
 
-    Otherwise its forward mixes records (``h - h[0]`` would become zero). Compared in eval mode, without gradients; a
-    module that is random even then cannot be judged so, and is left to the rest of the checks.
+    def apart() -> Any:
+        return TIERS[tier](c, module, tree_map(_copy_tagged(c), args), tree_map(_copy_tagged(c), kwargs))
+
+    judge_by(c, module, native, apart, args, kwargs)
+
+
+def judge_by(
+    c: Capture,
+    module: nn.Module,
+    native: Callable[..., Any],
+    apart: Callable[[], Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Once for each module: its forward must not change when records are run apart, one by one or in groups.
+
+    Otherwise it mixes records (``h - h[0]`` would become zero). Compared in eval mode, without gradients; a module that
+    is random even then cannot be judged so, and is left to the rest of the checks.
     """
     if module in c.judged or c.records < 2:
         return
     training = [m for m in module.modules() if m.training]
     devices = sorted({t.device.index or 0 for t in module.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices), torch.no_grad(), _suspended(c, module):
+    with torch.random.fork_rng(devices), torch.no_grad(), suspended(c, module):
         for m in training:
             m.training = False
         try:
@@ -126,31 +142,29 @@ def judge(
             once, twice = _plain(first), _plain(second)
             shapes = {(module, i): v.shape for i, v in enumerate(tree_flatten(first)[0]) if isinstance(v, Tensor)}
             c.native_shapes |= shapes
-            split = _plain(TIERS[tier](c, module, tree_map(_copy_tagged(c), args), tree_map(_copy_tagged(c), kwargs)))
+            split = _plain(apart())
         finally:
             for m in training:
                 m.training = True
     if len(once) == len(split) and all(a.shape == b.shape for a, b in zip(once, split, strict=True)):
         if any(not torch.allclose(a, b, equal_nan=True) for a, b in zip(once, twice, strict=True)):
             return
-        wide = torch.finfo(torch.float64).eps ** 0.5
-        tolerance = {torch.float64: wide, torch.float32: 1e-3}
-        same = all(
-            torch.allclose(
-                a, b, rtol=(r := tolerance.get(a.dtype, 5e-2)), atol=r * float(a.abs().max()), equal_nan=True
-            )
-            for a, b in zip(once, split, strict=True)
-            if a.numel()
-        )
-        if same:
+        if all(_alike(a, b) for a, b in zip(once, split, strict=True)):
             c.judged.add(module)
             return
     raise CoupledRecords(
         f"{type(module).__name__} computes something else for a record alone than within its batch, so its records are "
         "mixed and one record's influence cannot be bounded.",
         where=c.where(),
-        fix="make the forward treat each record on its own; sf.record on small pieces of it shows which does not.",
+        fix="make the forward treat each record on its own; sf.check(model, criterion, batch) shows which does not.",
     )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    if not a.numel():
+        return True
+    r = {torch.float64: torch.finfo(torch.float64).eps ** 0.5, torch.float32: 1e-3}.get(a.dtype, 5e-2)
+    return torch.allclose(a, b, rtol=r, atol=r * float(a.abs().max()), equal_nan=True)
 
 
 def _plain(out: Any) -> list[Tensor]:
@@ -173,78 +187,88 @@ def _copy_tagged(c: Capture) -> Callable[[Any], Any]:
     return copy
 
 
+NO_BLOCKS = "an input has no plain record axis"
+
+
+def _blocks(c: Capture, flat: list[Any], tier: str) -> list[Rows | None]:
+    """The records of each argument: one block of consecutive rows each, or nothing."""
+    tags = [c.tag(v) for v in flat]
+    if any(t is not None and not (isinstance(t, Rows) and t.owner is None and t.outer == 1) for t in tags):
+        raise NoRule(tier, NO_BLOCKS)
+    if not any(tags):
+        raise NoRule(tier, "no input carries records")
+    return tags  # type: ignore[return-value]
+
+
 def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module for every record at once under vmap, each with its own copy of the parameters."""
     refuse_batch_statistics(module, c.where())
     if c.records == 0:
         return _empty(c, module, args, kwargs)
     flat, spec = tree_flatten((args, kwargs))
-    _refuse_hidden(c, flat)
-    axes: list[int | None] = []
-    for i, value in enumerate(flat):
-        tag = c.tag(value)
+    refuse_hidden(c, flat)
+    tags = _blocks(c, flat, "vmap")
+    given: list[Tensor] = []
+    for value, tag in zip(flat, tags, strict=True):
         if isinstance(value, Tensor) and c.target(value) is not None:
             if tag is not None:
                 raise NoRule("vmap", "an input is parameter and record at once")
-            flat[i], tag = c.spread(value).unsqueeze(1), Rows(0)
-            axes.append(0)
-            continue
-        if tag is not None and not (isinstance(tag, Rows) and tag.plain):
-            raise NoRule("vmap", "an input has no plain record axis")
-        axes.append(tag.axis if isinstance(tag, Rows) else None)
-    tensors = [v for v in flat if isinstance(v, Tensor)]
-    in_axes = [a for v, a in zip(flat, axes, strict=True) if isinstance(v, Tensor)]
-    was_target = [v is not w for v, w in zip(flat, tree_flatten((args, kwargs))[0], strict=True)]
-    squeeze = [t for v, t in zip(flat, was_target, strict=True) if isinstance(v, Tensor)]
-    if not any(a is not None for a in in_axes):
-        raise NoRule("vmap", "no input carries records")
+            given.append(copies.spread(c, value))
+        elif isinstance(value, Tensor):
+            given.append(value if tag is None else value.unflatten(tag.axis, (c.records, tag.inner)))
+    own = [c.target(v) is not None for v in flat if isinstance(v, Tensor)]
+    axes = [t.axis if t else None for v, t in zip(flat, tags, strict=True) if isinstance(v, Tensor)]
+    in_dims = [0 if o else a for o, a in zip(own, axes, strict=True)]
+    others: list[Any] = []
 
-    def one(parameters: dict[str, Tensor], *inputs: Tensor) -> Any:
-        it = iter(
-            x if a is None else (x.squeeze(0) if s else x.unsqueeze(a))
-            for x, a, s in zip(inputs, in_axes, squeeze, strict=True)
-        )
+    def one(parameters: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        it = iter(inputs)
         rebuilt = [next(it) if isinstance(v, Tensor) else v for v in flat]
         a, k = tree_unflatten(rebuilt, spec)
-        return functional_call(module, parameters, a, k)
+        leaves, shape = tree_flatten(functional_call(module, parameters, a, k))
+        others[:] = [shape, [None if isinstance(v, Tensor) else v for v in leaves]]
+        others.append([isinstance(v, Tensor) for v in leaves])
+        return tuple(v for v in leaves if isinstance(v, Tensor))
 
-    run = torch.vmap(one, in_dims=(0, *in_axes), randomness="different")
-    copies = _copies(c, module)
-    with _suspended(c, module, alone=True):
-        out = run(copies, *tensors)
-
-    default = next(a for a in in_axes if a is not None)
-    leaves, shape = tree_flatten(out)
+    own_weights = _copies(c, module)
+    with suspended(c, module, alone=True):
+        outs = iter(torch.vmap(one, in_dims=(0, *in_dims), randomness="different")(own_weights, *given))
+    shape, rest, present = others
+    default = next(t for t in tags if t is not None)
     joined = []
-    for i, value in enumerate(leaves):
-        if not isinstance(value, Tensor):
+    for i, (value, real) in enumerate(zip(rest, present, strict=True)):
+        if not real:
             joined.append(value)
-        elif value.dim() == 1:  # vmap puts the records first
-            joined.append(_joined_loss(c, value))
-        else:
-            axis = _output_axis(c, module, i, value.shape[1:], default)
-            value = value.movedim(0, axis).squeeze(axis + 1)
-            c.set_tag(value, Rows(axis))
-            joined.append(value)
+            continue
+        out = next(outs)
+        if out.dim() == 1:  # vmap puts the records first
+            joined.append(_joined_loss(c, out))
+            continue
+        rows = _output_rows(c, module, i, out.shape[1:], default)
+        out = out.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1)
+        c.set_tag(out, rows)
+        joined.append(out)
     return tree_unflatten(joined, shape)
 
 
-def _output_axis(c: Capture, module: nn.Module, leaf: int, one: torch.Size, default: int) -> int:
-    """The batch axis of a module's output, from the shape that the module itself gave (see ``judge``)."""
+def _output_rows(c: Capture, module: nn.Module, leaf: int, one: torch.Size, default: Rows) -> Rows:
+    """Where the records are in a module's output, from the shape that the module itself gave (see ``judge``)."""
+    native = c.native_shapes.get((module, leaf))
     if (module, leaf) not in c.output_axes:
-        native = c.native_shapes.get((module, leaf))
+        plain = default.inner == 1
         fits = [
             k
             for k in range(len(one))
-            if one[k] == 1 and (native is None or native == (*one[:k], c.records, *one[k + 1 :]))
+            if (one[k] == 1 or not plain) and native in (None, (*one[:k], c.records * one[k], *one[k + 1 :]))
         ]
         if not fits:
             raise NoRule("output", "an output of the module has no batch axis")
-        axis = default if default in fits else fits[0]
+        axis = default.axis if default.axis in fits else fits[0]
         if native is None:
-            return axis
+            return Rows(axis, inner=one[axis])
         c.output_axes[module, leaf] = axis
-    return c.output_axes[module, leaf]
+    axis = c.output_axes[module, leaf]
+    return Rows(axis, inner=one[axis])
 
 
 def _empty(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,7 +283,7 @@ def _empty(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             c.set_tag(value, Rows(list(value.shape).index(0)))
         return value
 
-    with _suspended(c, module):
+    with suspended(c, module):
         with torch.no_grad():
             out = forward(*args, **kwargs)
         return tree_map(connect, out)
@@ -269,36 +293,35 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
     """The module one record at a time: slowest, and exact for anything that runs on a batch of one."""
     refuse_batch_statistics(module, c.where())
     flat, spec = tree_flatten((args, kwargs))
-    _refuse_hidden(c, flat)
-    tags = [c.tag(v) for v in flat]
-    if any(t is not None and not (isinstance(t, Rows) and t.plain) for t in tags):
-        raise NoRule("microbatch", "an input has no plain record axis")
-    copies = {n: p.unbind(0) for n, p in _copies(c, module).items()}
-    with _suspended(c, module):  # pieces are cut unseen: a tagged tensor inside is one that the module caught elsewhere
+    refuse_hidden(c, flat)
+    tags = _blocks(c, flat, "microbatch")
+    own_weights = {n: p.unbind(0) for n, p in _copies(c, module).items()}
+    with suspended(c, module):  # pieces are cut unseen: a tagged tensor inside is one that the module caught elsewhere
         pieces = [
-            [v.narrow(t.axis, b, 1) if isinstance(t, Rows) else v for v, t in zip(flat, tags, strict=True)]
+            [v if t is None else v.narrow(t.axis, b * t.inner, t.inner) for v, t in zip(flat, tags, strict=True)]
             for b in range(c.records)
         ]
     outs = []
-    with _suspended(c, module, alone=True):
+    with suspended(c, module, alone=True):
         for b, piece in enumerate(pieces):
             a, k = tree_unflatten(piece, spec)
-            outs.append(functional_call(module, {n: p[b] for n, p in copies.items()}, a, k))
+            outs.append(functional_call(module, {n: p[b] for n, p in own_weights.items()}, a, k))
     if not outs:
         return _empty(c, module, args, kwargs)
     leaves = [tree_flatten(o)[0] for o in outs]
     shape = tree_flatten(outs[0])[1]
-
-    default = next(t.axis for t in tags if isinstance(t, Rows))
+    default = next(t for t in tags if t is not None)
 
     def join(leaf: int, values: list[Any]) -> Any:
         if not isinstance(values[0], Tensor):
             return values[0]
         if values[0].dim() == 0:
             return _joined_loss(c, torch.stack(values))
-        axis = _output_axis(c, module, leaf, values[0].shape, default)
-        joined = torch.cat(values, axis)
-        c.set_tag(joined, Rows(axis))
+        if any(v.shape != values[0].shape for v in values):
+            raise NoRule("output", "the records have outputs of different shapes")
+        rows = _output_rows(c, module, leaf, values[0].shape, default)
+        joined = torch.cat(values, rows.axis)
+        c.set_tag(joined, rows)
         return joined
 
     return tree_unflatten([join(i, list(column)) for i, column in enumerate(zip(*leaves, strict=True))], shape)

@@ -60,7 +60,7 @@ def full_precision() -> Iterator[None]:
 
 def wide(x: Tensor) -> Tensor:
     """Float32 or better: norms and sums are never taken in half precision."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) or x.is_complex() else x.float()
 
 
 class LinearFn(Function):
@@ -77,10 +77,11 @@ class LinearFn(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         use: Use = ctx.use
         _, x, weight = ctx.saved_tensors
-        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ weight.to(grad.dtype).conj() if ctx.needs_input_grad[0] else None
         g = wide(by_record(grad, use.rows, use.records, 1))
         if use.weight is not None:
-            use.leave(use.weight, Outer(g, wide(by_record(x, use.rows, use.records, 1)), shape_of(use.weight)))
+            inputs = wide(by_record(x, use.rows, use.records, 1)).conj()  # itself where it is real
+            use.leave(use.weight, Outer(g, inputs, shape_of(use.weight)))
         if use.bias is not None:
             use.leave(use.bias, Dense(g.sum(1) if g.shape[1] != 1 else g[:, 0]))
         return grad_x, None, None, use.tape.zero, None

@@ -17,11 +17,12 @@ class Guard:
         self._violated = violated
         self._handles: dict[int, tuple[Tensor, RemovableHandle]] = {}
 
-    def watch(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Watch exactly these parameters from now on."""
+    def watch(self, parameters: Iterable[tuple[str, Tensor]], owned: Iterable[Tensor] = ()) -> None:
+        """Watch these, and go on watching what is frozen of ``owned``: it may thaw before the backward."""
         wanted = {id(p): (n, p) for n, p in parameters}
-        for key in self._handles.keys() - wanted.keys():
-            self._handles.pop(key)[1].remove()
+        if left := self._handles.keys() - wanted.keys():
+            for key in left - {id(p) for p in owned}:
+                self._handles.pop(key)[1].remove()
         for key, (name, parameter) in wanted.items():
             if key not in self._handles:
                 handle = parameter.register_post_accumulate_grad_hook(self._hook(name))

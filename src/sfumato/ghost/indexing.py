@@ -1,6 +1,8 @@
 """Reading the arguments of torch calls: tensors among them, dims, permutations, einsum letters, index expressions."""
 
+import string
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,22 +76,30 @@ def permutation(name: str, ndim: int, rest: tuple[Any, ...], kwargs: dict[str, A
 
 
 def einsum_letters(args: tuple[Any, ...]) -> tuple[list[str], str, list[Tensor]] | None:
-    """(letters of each operand, letters of the output, operands); None for ellipsis or the sublist form."""
-    if not args or not isinstance(args[0], str) or "." in args[0]:
+    """(letters of each operand, letters of the output, operands); None for the sublist form."""
+    if not args or not isinstance(args[0], str):
         return None
     operands = list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
     equation = args[0].replace(" ", "")
     left, arrow, output = equation.partition("->")
     inputs = left.split(",")
     if not arrow:
-        joined = left.replace(",", "")
-        output = "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+        joined = left.replace(",", "").replace(".", "")
+        output = "..." * ("..." in left) + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
+    if "..." in equation:  # right-aligned, under letters of its own
+        spare = "".join(c for c in string.ascii_letters if c not in equation)
+        hidden = [x.dim() - len(spec) + 3 for spec, x in zip(inputs, operands, strict=True) if "..." in spec]
+        most = max(hidden, default=0)
+        widths = iter(hidden)
+        inputs = [s.replace("...", spare[most - next(widths) : most]) if "..." in s else s for s in inputs]
+        output = output.replace("...", spare[:most])
     return inputs, output, operands
 
 
 def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tensor, index: Any, out: Any) -> Tag | None:
     """The record axis of x[index]."""
     items = list(index) if isinstance(index, tuple) else [index]
+    items = [torch.tensor(i) if isinstance(i, list) and all(type(n) is int for n in i) else i for i in items]
     if any(
         isinstance(i, bool) or not (i is None or i is Ellipsis or isinstance(i, (slice, int, Tensor))) for i in items
     ):
@@ -107,6 +117,9 @@ def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tenso
     rows = tag_of(x)
     picks = [i for i in items if isinstance(i, Tensor)]
     if picks:
+        items, rows = _selected(items, rows)
+        if isinstance(rows, Unknown):
+            return rows
         return _advanced(tag_of, records, x, rows, items, picks)
     if not isinstance(rows, Rows):
         return None
@@ -125,6 +138,21 @@ def after_getitem(tag_of: Callable[[object], Tag | None], records: int, x: Tenso
                 return Unknown("getitem")
             source += 1
     return Unknown("getitem")
+
+
+def _selected(items: list[Any], rows: Tag | None) -> tuple[list[Any], Tag | None]:
+    """Integers among index tensors are applied first: their axes are gone."""
+    kept: list[Any] = []
+    axis = 0
+    for item in items:
+        if isinstance(item, int):
+            if isinstance(rows, Rows) and rows.axis >= axis:
+                rows = rows.at(rows.axis - 1) if rows.axis > axis else Unknown("getitem")
+        else:
+            kept.append(item)
+            mask = isinstance(item, Tensor) and item.dtype == torch.bool
+            axis += item.dim() if mask else item is not None
+    return kept, rows
 
 
 def _advanced(
@@ -164,15 +192,18 @@ def _advanced(
         aligned = isinstance(place, Rows) and place.axis == rows.axis - first and place.same_owners(rows)
         if place is not None and not aligned and records != 1:
             return Coupled("getitem")
-        return from_owner(first, owner[picks[0].nonzero()[:, rows.axis - first]], records)
+        chosen = from_owner(first, owner[picks[0].nonzero()[:, rows.axis - first]], records)
+        return (
+            chosen if place is None or chosen.plain else replace(chosen, arranged=True)
+        )  # where one lies, others decide
     pick = picks[rows.axis - first]
-    if tag_of(pick) is not None and records != 1:
+    if not isinstance(tag_of(pick), Rows | None) and records != 1:
         return Coupled("getitem")  # a record chose whose row it reads
     # Each position of the broadcast index is one row; its owner must vary along a single axis.
     shape = torch.broadcast_shapes(*[p.shape for p in picks])
     full = owner[pick].expand(shape)
     for k in range(len(shape)):
-        vector = full.movedim(k, 0).reshape(shape[k], -1)
+        vector = full.movedim(k, 0).reshape(shape[k], full.numel() // max(1, shape[k]) or 1)
         if bool((vector == vector[:, :1]).all()):
             found = vector[:, 0].contiguous() if vector.shape[1] else vector.new_zeros(shape[k])
             if records != 1 and not _agree(tag_of, records, picks, len(shape), k, found):

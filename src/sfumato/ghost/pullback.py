@@ -6,15 +6,59 @@ from torch import Tensor
 from sfumato.ghost.functions import full_precision, wide
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import Derived, Param, Target, settle, shape_of
-from sfumato.terms import Dense, Scatter, Term, materialize, merge
+from sfumato.terms import Dense, Scatter, Term, device, joined, materialize, merge, select, spread
 
 _CHUNK_ELEMENTS = 1 << 25
 
 Bundle = dict[str, list[Term]]
+Parts = list[tuple[Tensor | None, Bundle]]  # (the records that it is about, by position; None: all of them)
 
 
 @full_precision()
-def collect(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
+def collect(tape: Tape, parameters: dict[str, Tensor]) -> Parts:
+    """The per-sample gradients of the pass that is completing. No record is in two parts."""
+    parts = [(ids, bundle) for ids, bundle in _collected(tape, None, parameters) if bundle]
+    records = tape.records or 0
+    ids = torch.cat([torch.arange(records) if i is None else i for i, _ in parts]) if parts else torch.empty(0)
+    if len(parts) < 2 or ids.unique().numel() == ids.numel():
+        return parts
+    whole: Bundle = {}
+    for i, bundle in parts:
+        for name, terms in bundle.items():
+            whole.setdefault(name, []).extend(terms if i is None else [spread(t, i, records) for t in terms])
+    return [(None, {name: merge(terms) for name, terms in whole.items()})]
+
+
+def by_unit(parts: Parts, unit: Tensor, units: int) -> Parts:
+    """The gradients of units that own several records: record b belongs to unit[b].
+
+    Units of about one size make a part: a unit is padded to the largest beside it, so to twice its rows at most.
+    """
+    size = torch.bincount(unit, minlength=units).clamp(min=1).double().log2().ceil()
+    out: Parts = []
+    for each in size.unique():
+        own = (size == each).nonzero()[:, 0]
+        number = torch.full((units,), -1).index_copy_(0, own, torch.arange(len(own)))
+        whole: Bundle = {}
+        for ids, bundle in parts:
+            place = number[unit if ids is None else unit[ids.to(unit.device)]]
+            here = place >= 0
+            for name, terms in bundle.items():
+                chosen = terms if bool(here.all()) else [select(t, here.to(device(t))) for t in terms]
+                whole.setdefault(name, []).extend(joined(t, place[here], len(own)) for t in chosen)
+        out.append((own, {name: merge(terms) for name, terms in whole.items()}))
+    return out
+
+
+def _collected(tape: Tape, ids: Tensor | None, parameters: dict[str, Tensor]) -> Parts:
+    """The bundle of a tape, then those of its branches."""
+    parts: Parts = [(ids, _bundle(tape, parameters))]
+    for positions, branch in tape.branches:
+        parts += _collected(branch, positions if ids is None else ids[positions], parameters)
+    return parts
+
+
+def _bundle(tape: Tape, parameters: dict[str, Tensor]) -> Bundle:
     """{parameter name: merged terms}. Parameters that the loss did not reach are absent."""
     terms, row_grads = tape.take()
     records = tape.records or 0

@@ -12,9 +12,9 @@ from sfumato.ghost import entry
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.clip import clipped, total_norms, wide_dtype
 from sfumato.ghost.guard import Guard
-from sfumato.ghost.pullback import Bundle, collect
+from sfumato.ghost.pullback import Parts, collect
 from sfumato.ghost.tape import Tape
-from sfumato.terms import materialize, merge
+from sfumato.terms import materialize
 
 Reduction = Literal["mean", "sum"]
 
@@ -38,7 +38,7 @@ class record:
             )
         self._guard = Guard(self._violated)
         self._capture = Capture(model, batch_dim, loss_reduction, lambda ps: self._guard.watch(ps.items()))
-        self._bundle: Bundle | None = None
+        self._parts: Parts | None = None
         self._records = 0
         self._scale = 1.0
 
@@ -56,7 +56,7 @@ class record:
         entry.remove(self._capture)
 
     def _violated(self, name: str) -> None:
-        self._bundle = None
+        self._parts = None
         for p in self._capture.parameters.values():
             p.grad = None
         raise UnclippedGradient(
@@ -66,21 +66,26 @@ class record:
     def _complete(self, tape: Tape) -> None:
         if not self._capture.live:
             raise TokenError("backward() of a recording that is over.", fix="call backward() inside the with block.")
-        if self._bundle is not None:
+        if self._parts is not None:
             raise TokenError("A second backward inside one record().", fix="sum the losses and call backward once.")
-        self._bundle = collect(tape, self._capture.parameters)
+        self._parts = collect(tape, self._capture.parameters)
         self._records = tape.records or 0
         self._scale = float(self._records) if self._capture.reduction == "mean" else 1.0
 
-    def _terms(self) -> Bundle:
-        if self._bundle is None:
+    def _terms(self) -> Parts:
+        if self._parts is None:
             raise PrivacyError("No backward has been recorded.", fix="call loss.backward() inside the with block.")
-        return self._bundle
+        return self._parts
 
     @property
     def tiers(self) -> dict[str, str]:
         """{parameter: "rule" | "vmap" | "microbatch"}"""
         return self._capture.parameter_tiers()
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """{module: why it could not stay on the tier above}"""
+        return dict(self._capture.reasons)
 
     def sq_norms(self) -> Tensor:
         """Squared norms of the per-sample gradients over all trainable parameters, shape (B,)."""
@@ -90,20 +95,23 @@ class record:
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
         """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
         _validate.positive("max_grad_norm", max_grad_norm)
-        bundle, parameters = self._terms(), self._capture.parameters
-        norms = total_norms(bundle, self._records)
-        sums, _ = clipped(bundle, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale)
+        parts, parameters = self._terms(), self._capture.parameters
+        norms = total_norms(parts, self._records)
+        sums, _ = clipped(parts, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale)
         return {n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()}
 
     @torch.no_grad()
     def per_sample(self, name: str) -> Tensor:
         """Per-sample gradients of one parameter, shape (B, *shape)."""
-        bundle, parameters = self._terms(), self._capture.parameters
+        parts, parameters = self._terms(), self._capture.parameters
         if name not in parameters:
             raise ConfigurationError(
                 f"{name!r} is not a trainable parameter.", found=name, fix=f"one of {list(parameters)}"
             )
         p = parameters[name]
-        if name not in bundle:
-            return torch.zeros(self._records, *p.shape, dtype=wide_dtype([p]), device=p.device)
-        return torch.stack([materialize(t) for t in merge(bundle[name])]).sum(0) * self._scale
+        out = torch.zeros(self._records, *p.shape, dtype=wide_dtype([p]), device=p.device)
+        for ids, bundle in parts:
+            for term in bundle.get(name, ()):
+                dense = materialize(term) * self._scale
+                out = out + dense if ids is None else out.index_add(0, ids.to(p.device), dense)
+        return out

@@ -13,12 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """``axis`` holds the records; ``owner`` (None: regular) names each row's record."""
+    """``axis`` holds the records; ``owner`` (None: regular) names each row's record.
+
+    ``arranged``: records of the batch decided where the rows lie (sorting by length), so none may be picked by place.
+    """
 
     axis: int
     outer: int = 1
     inner: int = 1
     owner: Tensor | None = None
+    arranged: bool = False
 
     @property
     def plain(self) -> bool:
@@ -26,21 +30,28 @@ class Rows:
         return self.owner is None and self.outer == 1 and self.inner == 1
 
     def at(self, axis: int) -> "Rows":
-        return Rows(axis, self.outer, self.inner, self.owner)
+        return Rows(axis, self.outer, self.inner, self.owner, self.arranged)
 
     def same_owners(self, other: "Rows") -> bool:
         if self.owner is None and other.owner is None:
             return (self.outer, self.inner) == (other.outer, other.inner)
-        if self.owner is None or other.owner is None:
-            return False
+        if self.owner is None:
+            return other.same_owners(self)
+        if other.owner is None:
+            total, block = self.owner.numel(), other.outer * other.inner
+            if total % block or total == block:  # a single record's rows would be broadcast to all the others
+                return False
+            return torch.equal(self.owner, owners(other, total // block, self.owner.device))
         return self.owner is other.owner or torch.equal(self.owner, other.owner)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Reduced:
     """A sum or mean over the records (a loss): allowed to leave the model, not to meet a record again."""
 
     by: str
+    each: Tensor | None = None  # (B,): of whole numbers, the sum of each record alone
+    size: int = 0  # how many were summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,43 @@ class Unknown:
     by: str
 
 
-Tag = Rows | Reduced | Coupled | Unknown
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A permutation of the records, or the step sizes of a packed batch: says where rows lie, and is nothing to
+    compute with. Of a packed batch: the steps of what was packed, and whether its records had been permuted."""
+
+    by: str
+    length: int = 0
+    permuted: bool = True
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pointer:
+    """Row numbers: entry r belongs to the record of ``rows``' row r and names a row of an axis laid out as ``base``."""
+
+    rows: Rows
+    base: Rows | None
+    column: int | None = None  # (n, ndim) from nonzero(): the column that holds the row numbers
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Histogram:
+    """How many rows chose which expert: the counts, or running counts, of ``values``."""
+
+    values: Tensor
+    rows: Rows
+    summed: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Verdict:
+    """A yes or no that the whole batch decides (``mask.all()``), and what each record alone would say."""
+
+    by: str
+    each: Tensor  # (B,) bool
+
+
+Tag = Rows | Reduced | Coupled | Unknown | Order | Verdict | Pointer | Histogram
 
 
 def owners(rows: Rows, records: int, device: torch.device) -> Tensor:
@@ -105,7 +152,8 @@ def _padded(x: Tensor, owner: Tensor, records: int, per_row: int, tail: torch.Si
 def through_reshape(rows: Rows, shape: torch.Size, out: torch.Size, records: int) -> Tag:
     """Where the records are after a reshape from ``shape`` to ``out``, by comparing strides in elements."""
     if records == 0 or 0 in shape:
-        return Rows(list(out).index(0)) if 0 in out else Unknown("reshape")
+        empty = Rows(0) if rows.owner is None else rows
+        return empty.at(list(out).index(0)) if 0 in out else Unknown("reshape")
     before, after = math.prod(shape[: rows.axis]), math.prod(shape[rows.axis + 1 :])
     if rows.owner is not None:
         for k, size in enumerate(out):

@@ -6,7 +6,8 @@ never fires the anchor and its terms are dropped.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,16 +16,18 @@ from sfumato.errors import PrivacyError, UnsupportedError
 from sfumato.ghost.targets import Derived, Target
 from sfumato.terms import Term
 
+if TYPE_CHECKING:
+    from sfumato.ghost.declared import rows
+    from sfumato.ghost.rows import Rows
+
 
 class Tape:
     """Terms of one batch of ``records`` records. ``on_complete`` runs inside backward, once per pass."""
 
     def __init__(self, on_complete: Callable[["Tape"], None]):
-        self.records: int | None = None
+        self._clear(None)
         self.anchor = torch.zeros((), requires_grad=True)
         self.zero = torch.zeros(())
-        self._terms: dict[int, list[tuple[Target, Term]]] = {}
-        self._rows: dict[int, list[tuple[Derived, int, Tensor, Tensor | None]]] = {}
         this, complete = weakref.ref(self), on_complete
 
         def fire(_: Tensor) -> None:
@@ -34,6 +37,30 @@ class Tape:
             complete(tape)
 
         self.anchor.register_post_accumulate_grad_hook(fire)
+
+    def _clear(self, records: int | None) -> None:
+        self.records = records
+        self.branches: list[tuple[Tensor, Tape]] = []
+        self.declared: rows | None = None  # what the user said of the rows of this batch
+        self.held: list[torch.UntypedStorage] = []
+        self.spaces: list[Tensor] = []  # the owners in it
+        self.taken: list[Rows] = []  # spaces of one size, of which one was taken for the other
+        self._terms: dict[int, list[tuple[Target, Term]]] = {}
+        self._rows: dict[int, list[tuple[Derived, int, Tensor, Tensor | None]]] = {}
+
+    def branch(self, ids: Tensor) -> "Tape":
+        """A tape of some of the records, by their positions in this one; it completes with this one."""
+        branch = Tape.__new__(Tape)
+        branch._clear(ids.numel())
+        branch.anchor, branch.zero = self.anchor, self.zero
+        self.branches.append((ids, branch))
+        return branch
+
+    def family(self) -> "Iterator[Tape]":
+        """This tape and all its branches."""
+        yield self
+        for _, branch in self.branches:
+            yield from branch.family()
 
     def add(self, target: Target, term: Term) -> None:
         """Called by a rule's backward."""

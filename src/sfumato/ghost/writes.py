@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sfumato.ghost import indexing
-from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
+from sfumato.ghost import indexing, landing
+from sfumato.ghost.propagation import routing
+from sfumato.ghost.rows import Coupled, Order, Pointer, Reduced, Rows, Tag, Unknown
 
 if TYPE_CHECKING:
     from sfumato.ghost.capture import Capture
 
 
 def storage(tensor: Tensor) -> int:
-    """The memory that a tensor looks at."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else -id(tensor)
+    """The memory that a tensor looks at; what has none (empty tensors are all at address 0) shares it with nobody."""
+    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
+    return address or -id(tensor)
 
 
 def place(tensor: Tensor) -> tuple[object, ...]:
@@ -27,7 +29,9 @@ def place(tensor: Tensor) -> tuple[object, ...]:
 
 
 def same(a: Tag | None, b: Tag | None) -> bool:
-    """Whether both carry the same records on the same axis."""
+    """Whether both carry the same records on the same axis, or both say where they lie."""
+    if isinstance(a, Order) and isinstance(b, Order):
+        return True
     return isinstance(a, Rows) and isinstance(b, Rows) and a.axis == b.axis and a.same_owners(b)
 
 
@@ -45,6 +49,8 @@ def written_by(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 def taint(c: "Capture", written: Tensor, after: Tag | None) -> None:
     """What else looks at this storage has changed without an operation of its own."""
     memory = storage(written)
+    if written.layout == torch.strided:
+        c.tape.held.append(written.untyped_storage())  # freed, its address would taint whatever comes to lie there
     mixed = isinstance(after, (Coupled, Reduced))
     c.tainted[memory] = (Coupled if mixed else Unknown)("a write through another view")
     for key, (ref, _) in list(c.tags.items()):
@@ -58,10 +64,19 @@ def after_setitem(c: "Capture", x: Tensor, index: Any, value: Any) -> Tag:
     own, tag = c.tag(x), c.tag(value)
     items = index if isinstance(index, tuple) else (index,)
     picks = [t for t in indexing.tensors(items) if c.tag(t) is not None]
+    if any(isinstance(c.tag(t), Pointer) for t in picks):
+        dim = len(items) - 1
+        alone = len(picks) == 1 and picks[0] is items[-1] and items[:-1] == (slice(None),) * dim
+        return routing.place(c.tag, c.records, x, dim, picks[0], value) if alone else Coupled("setitem")
+    if picks and (put := landing.after_put(c, x, items, value)) is not None:
+        return put
+    masks = len(picks) == len(items) == 1 and picks[0] is items[0] and picks[0].dtype == torch.bool
+    if masks and own is None and isinstance(by := c.tag(picks[0]), Rows):
+        own = by  # a constant written where records say so: its rows lie as those of the mask
     if own is not None and tag is None:
         aligned = all(t.dtype == torch.bool and same(c.tag(t), own) for t in picks)
         return own if aligned else Unknown("setitem")
-    if picks:
+    if picks and not (masks and same(c.tag(picks[0]), own)):
         return Unknown("setitem")
     probe = torch.zeros((), device=x.device).expand(x.shape)
     if own is not None:

@@ -2,5 +2,6 @@
 
 from .draw import draw_poisson, physical, shuffle_epoch
 from .schemes import Poisson, Shuffle
+from .units import Units, group, physical_units
 
-__all__ = ["Poisson", "Shuffle", "draw_poisson", "physical", "shuffle_epoch"]
+__all__ = ["Poisson", "Shuffle", "Units", "draw_poisson", "group", "physical", "physical_units", "shuffle_epoch"]

@@ -2,5 +2,6 @@
 
 from sfumato.session.loader import PrivateLoader, inspect
 from sfumato.session.step import Session, StepFacts, Token
+from sfumato.session.units import PrivacyUnit, units_of
 
-__all__ = ["PrivateLoader", "Session", "StepFacts", "Token", "inspect"]
+__all__ = ["PrivacyUnit", "PrivateLoader", "Session", "StepFacts", "Token", "inspect", "units_of"]

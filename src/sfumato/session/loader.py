@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnsupportedError
 from sfumato.plan import Plan
-from sfumato.sampling import Poisson, draw_poisson, physical, shuffle_epoch
+from sfumato.sampling import Poisson, Units, draw_poisson, physical, physical_units, shuffle_epoch
 from sfumato.session.step import Session, Token
 
 
@@ -58,8 +60,8 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
 class _Draws:
     """A batch sampler: index lists go to the DataLoader (which may prefetch), a token for each to ``tokens``."""
 
-    def __init__(self, plan: Plan, uniform: Callable[[int], Any], tokens: deque[Token]):
-        self.plan, self.uniform, self.tokens = plan, uniform, tokens
+    def __init__(self, plan: Plan, uniform: Callable[[int], Any], tokens: deque[Token], units: Units | None):
+        self.plan, self.uniform, self.tokens, self.units = plan, uniform, tokens, units
 
     def __len__(self) -> int:
         return self.plan.steps_per_epoch
@@ -75,12 +77,22 @@ class _Draws:
     def __iter__(self) -> Iterator[list[int]]:
         self.tokens.clear()
         for drawn in self.logical():
-            parts = physical(np.asarray(drawn), self.plan.max_physical_batch_size)
+            parts = self._cut(np.asarray(drawn))
             if not parts:
                 self.tokens.append(Token(0, True, True))
-            for k, part in enumerate(parts):
-                self.tokens.append(Token(len(part), k == 0, k == len(parts) - 1))
+            for k, (part, unit) in enumerate(parts):
+                self.tokens.append(Token(len(part), k == 0, k == len(parts) - 1, unit=unit))
                 yield part.tolist()
+
+    def _cut(self, drawn: Any) -> list[tuple[Any, Tensor | None]]:
+        """(records, which unit each belongs to) of every physical batch."""
+        size = self.plan.max_physical_batch_size
+        if self.units is None:
+            return [(part, None) for part in physical(drawn, size)]
+        return [
+            (np.concatenate(parts), torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts])))
+            for parts in physical_units(self.units.drawn(drawn, self.uniform), size)
+        ]
 
 
 def _refuse_closed(session: Session) -> None:
@@ -97,7 +109,7 @@ class PrivateLoader(DataLoader[Any]):
     are charged, released as noise and stepped here. The loader ends before the step that the budget does not allow.
     """
 
-    def __init__(self, base: DataLoader[Any], session: Session):
+    def __init__(self, base: DataLoader[Any], session: Session, units: Units | None = None):
         tokens: deque[Token] = deque()
         self._session, self._tokens, self._serial = session, tokens, 0
         workers: dict[str, Any] = {}
@@ -105,7 +117,7 @@ class PrivateLoader(DataLoader[Any]):
             workers = {"prefetch_factor": base.prefetch_factor, "persistent_workers": base.persistent_workers}
         super().__init__(
             base.dataset,
-            batch_sampler=_Draws(session.plan, session.source.uniform, tokens),
+            batch_sampler=_Draws(session.plan, session.source.uniform, tokens, units),
             num_workers=base.num_workers,
             collate_fn=base.collate_fn,
             pin_memory=base.pin_memory,

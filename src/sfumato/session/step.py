@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfumato.accounting import Budget, Ledger, max_steps
 from sfumato.errors import PrivacyError, TokenError, UnclippedGradient, UnsupportedError
-from sfumato.ghost import Capture, Guard, Tape, clipped, collect, install, remove, total_norms, wide_dtype
+from sfumato.ghost import Capture, Guard, Tape, by_unit, clipped, collect, install, remove, total_norms, wide_dtype
 from sfumato.noise import Research, Secure
 from sfumato.plan import Plan
 from sfumato.sampling import Poisson
@@ -18,11 +18,17 @@ from sfumato.sampling import Poisson
 class Token:
     """The right to one backward over one physical microbatch of a logical batch."""
 
-    size: int
+    size: int  # records
     first: bool
     last: bool
     tape: Tape | None = None
     spent: bool = False
+    unit: Tensor | None = None  # which unit each record belongs to; None: each is one
+
+    @property
+    def units(self) -> int:
+        """Those that are clipped: records, or users with all records of theirs that were drawn."""
+        return self.size if self.unit is None else int(self.unit[-1]) + 1
 
 
 @dataclass(slots=True)
@@ -51,13 +57,13 @@ class Session:
     budget: Budget | None = None
     batch_dim: int = 0
     grad_scaler: "torch.amp.GradScaler | None" = None
+    check_first_batch: bool = False
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self._violated)
-        self.capture = Capture(
-            self.module, self.batch_dim, self.plan.loss_reduction, lambda ps: self.guard.watch(ps.items())
-        )
+        self.capture = Capture(self.module, self.batch_dim, self.plan.loss_reduction, self._watch)
+        self.capture.probing = self.check_first_batch
         self.closed = False
         self._limit: int | None = None
         self._foreign = -1
@@ -71,6 +77,7 @@ class Session:
         self._epoch_paid = False
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
+        self._owners: dict[str, Tensor] = {}  # the parameters that _sums belong to
         self.capture.refresh()
         install(self.capture)
         self._step_hook = self.optimizer.register_step_pre_hook(self._check_optimizer)
@@ -84,16 +91,31 @@ class Session:
         self.guard.release()
         remove(self.capture)
 
+    def _watch(self, trainable: dict[str, Tensor]) -> None:
+        for p in trainable.values():
+            if not self.guard.watches(p):
+                p.grad = None  # whatever it holds was written unseen
+        self.guard.watch(trainable.items(), self.module.parameters())
+
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         own = {id(p) for p in self.module.parameters()}
         for p in (p for g in optimizer.param_groups for p in g["params"]):
-            if id(p) not in own or (p.grad is not None and not self.guard.watches(p)):
+            if id(p) not in own:
                 raise UnsupportedError(
-                    f"The optimizer would apply an unclipped gradient to a {tuple(p.shape)} tensor that the private "
-                    "module did not own when its forward ran.",
+                    f"The optimizer trains a {tuple(p.shape)} tensor that is no parameter of the private module (any "
+                    "more), so its gradient would be neither clipped nor noised.",
                     found=tuple(p.shape),
                     where="optimizer",
-                    fix="make it a parameter of the private module, and build the optimizer anew.",
+                    fix="register it in the module; after a module was replaced, call engine.detach(), build the "
+                    "optimizer anew and call make_private again: the engine's ledger goes on.",
+                )
+            if p.grad is not None and not self.guard.watches(p):
+                raise UnsupportedError(
+                    f"A {tuple(p.shape)} parameter that was frozen or unknown at the last forward has a gradient, "
+                    "which is neither clipped nor noised.",
+                    found=tuple(p.shape),
+                    where="optimizer",
+                    fix="unfreeze and add parameters before the forward, and call zero_grad() before the next.",
                 )
 
     # -- batches --------------------------------------------------------------------------------------------------
@@ -103,6 +125,7 @@ class Session:
         if token.first:
             self.abandon()
         self.capture.refresh()
+        install(self.capture)
         token.tape = self.capture.open(self._complete, token.size)
         self.capture.load(batch)
         self._token = token
@@ -114,6 +137,7 @@ class Session:
         self._skipped = False
         self._sums.clear()
         self._carried.clear()
+        self._owners.clear()
         self._facts = StepFacts()
         self.capture.close()
 
@@ -203,6 +227,7 @@ class Session:
                 fix="sum the losses and call backward() once.",
             )
         token.spent = True
+        self._watch_thawed()
         for name, p in self.capture.parameters.items():
             if p.grad is not None and not token.last:
                 self._carried[name] = p.grad if name not in self._carried else self._carried[name] + p.grad
@@ -215,14 +240,39 @@ class Session:
         if token.last:
             self._release()
 
+    def _watch_thawed(self) -> None:
+        """A parameter unfrozen since the forward has no term on the tape; a gradient of it is autograd's own."""
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and not self.guard.watches(p):
+                if p.grad is not None:
+                    self._violated(name)
+                self.guard.watch([*self.capture.parameters.items(), (name, p)], self.module.parameters())
+
+    def _refuse_replaced(self, token: Token) -> None:
+        """A partial sum belongs to the parameter it was taken for, not to whatever bears its name later."""
+        now: dict[str, Tensor] = dict(self.module.named_parameters())
+        moved = None if token.first else next((n for n in self._sums if now.get(n) is not self._owners.get(n)), None)
+        if moved is not None:
+            raise PrivacyError(
+                f"{moved} was replaced, tied or renamed between two microbatches of one logical batch; the batch was "
+                "discarded.",
+                where=moved,
+                fix="change the model between logical batches only.",
+            )
+        self._owners = now
+
     def _accumulate(self, tape: Tape, token: Token) -> None:
+        if not (token.first and token.last):
+            self._refuse_replaced(token)
         parameters = self.capture.parameters
-        bundle = collect(tape, parameters)
+        parts = collect(tape, parameters)
         scale = (token.size if self.plan.loss_reduction == "mean" else 1) / self._loss_scale
-        norms = total_norms(bundle, token.size)
+        if token.unit is not None and token.units < token.size:
+            parts = by_unit(parts, token.unit, token.units)
+        norms = total_norms(parts, token.units)
         dtype = wide_dtype(parameters.values())
-        sums, weights = clipped(bundle, norms, self.plan.max_grad_norm, dtype, scale, self._unit)
-        self._facts.batch_size += token.size
+        sums, weights = clipped(parts, norms, self.plan.max_grad_norm, dtype, scale, self._unit)
+        self._facts.batch_size += token.units
         self._facts.clipped += int((weights < 1).sum())
         self._facts.empty = False
         for name, total in sums.items():
@@ -233,7 +283,7 @@ class Session:
                     where=name,
                     fix="change the model between logical batches only.",
                 )
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._sums[name] = self._sums[name].to(total.device) + total if name in self._sums else total
 
     def _release(self) -> None:
         """Charge, then noise, then p.grad: in this order and nowhere else."""
@@ -291,6 +341,7 @@ class Session:
         self._poisoned = True
         self._sums.clear()
         self._carried.clear()
+        self._facts = StepFacts()
         for p in self.module.parameters():
             p.grad = None
 

@@ -1,12 +1,13 @@
 """materialize: any term as the dense per-sample gradient (B, *shape); the one operation every term must have."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term
+from sfumato.terms.types import Conv, Dense, Outer, Scatter, Stack, Term, batch_size
 
 
 def materialize(term: Term) -> Tensor:
@@ -24,6 +25,13 @@ def materialize(term: Term) -> Tensor:
             return out.reshape(records, *shape)
         case Conv():
             return _conv(term)
+        case Stack(parts, shape):
+            slices = {k: sum(materialize(t) for t in terms) for k, terms in parts.items()}
+            first: Any = next(iter(slices.values()))
+            whole: Tensor = first.new_zeros(batch_size(term), *shape)
+            for (start, rows), dense in slices.items():
+                whole[:, start : start + rows] = dense.reshape(-1, rows, *shape[1:])  # type: ignore[union-attr]
+            return whole
 
 
 def conv_weight_grad(grad: Tensor, x: Tensor, term: Conv) -> Tensor:

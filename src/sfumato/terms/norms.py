@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
 from sfumato.terms.pixels import measured_by_pixels, suits
-from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term, batch_size
+from sfumato.terms.types import Conv, Dense, Outer, Scatter, Stack, Term, batch_size
 
 Grams = dict[tuple[object, ...], list[Tensor]]
 
@@ -70,6 +70,11 @@ def _square(x: Tensor) -> Tensor:
 
 def _measured(term: Term, grams: Grams) -> tuple[Tensor, Tensor]:
     match term:
+        case Stack(parts):
+            each = [measured(terms, grams) for terms in parts.values()]
+            sq = torch.stack([p[0] for p in each]).sum(0)
+            lost = torch.stack([(p[0] < p[1]) | (p[1] == float("inf")) for p in each]).any(0)
+            return sq, torch.where(lost, float("inf"), 0.0)
         case Dense(value):
             sq = _square(value)
             return sq, torch.zeros_like(sq)

@@ -1,13 +1,15 @@
 """weighted_sum, merge, keep and select: how terms become one clipped gradient."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
 from sfumato.terms.pixels import suits
-from sfumato.terms.types import Conv, Dense, Outer, Scatter, Term
+from sfumato.terms.products import crossed
+from sfumato.terms.types import Conv, Dense, Outer, Scatter, Stack, Term, each_part
 
 _COMPACT_ELEMENTS = 1 << 23
 
@@ -24,7 +26,7 @@ def weighted_sum(term: Term, weights: Tensor) -> Tensor:
                 left = left * w
             else:
                 right = right * w
-            return (left.flatten(0, 1).mT @ right.flatten(0, 1)).reshape(shape)
+            return crossed(left.flatten(0, 1), right.flatten(0, 1)).reshape(shape)
         case Scatter(grad, index, shape):
             scaled = grad * weights.to(grad.dtype)[:, None, None]
             return grad.new_zeros(shape).index_add_(0, index.reshape(-1), scaled.flatten(0, 1))
@@ -33,6 +35,34 @@ def weighted_sum(term: Term, weights: Tensor) -> Tensor:
                 return grad.new_zeros(term.shape)
             w = weights.to(grad.dtype).reshape(-1, *[1] * (grad.dim() - 1))
             return conv_weight_grad((grad * w).flatten(0, 1), x.flatten(0, 1), term)
+        case Stack(parts, shape):
+            first = next(iter(parts.values()))[0]
+            out = _float_of(first, shape)
+            for (start, rows), terms in parts.items():
+                for t in terms:
+                    out[start : start + rows] += weighted_sum(t, weights).reshape(rows, *shape[1:])
+            return out
+
+
+def _float_of(term: Term, shape: torch.Size) -> Tensor:
+    """Zeros of that shape, with the dtype and device of a term."""
+    match term:
+        case Outer(left=x) | Conv(grad=x) | Scatter(grad=x) | Dense(value=x):
+            return x.new_zeros(shape)
+        case Stack(parts):
+            return _float_of(next(iter(parts.values()))[0], shape)
+
+
+def _stacked(stacks: Sequence[Stack]) -> list[Term]:
+    """One stack; slices that overlap without being the same have cross terms, so they become dense."""
+    parts: dict[tuple[int, int], list[Term]] = {}
+    for stack in stacks:
+        for key, terms in stack.parts.items():
+            parts.setdefault(key, []).extend(terms)
+    ends = sorted(parts)
+    if any(a + n > b for (a, n), (b, _) in pairwise(ends)):
+        return [Dense(materialize(s)) for s in stacks]
+    return [Stack({k: tuple(merge(parts[k])) for k in ends}, stacks[0].shape)]
 
 
 def merge(terms: Sequence[Term]) -> list[Term]:
@@ -40,8 +70,10 @@ def merge(terms: Sequence[Term]) -> list[Term]:
     outers = [t for t in terms if isinstance(t, Outer)]
     scatters = [t for t in terms if isinstance(t, Scatter)]
     denses = [t for t in terms if isinstance(t, Dense)]
+    stacks = _stacked(found) if (found := [t for t in terms if isinstance(t, Stack)]) else []
+    denses += [t for t in stacks if isinstance(t, Dense)]
     convs = [t for t in terms if isinstance(t, Conv)]
-    out: list[Term] = []
+    out: list[Term] = [t for t in stacks if isinstance(t, Stack)]
     while outers:
         first = outers[0]
         same = [t for t in outers if t.left.shape[2] == first.left.shape[2]]
@@ -83,6 +115,8 @@ def keep(term: Term, budget: int) -> Term:
 def double(term: Term) -> Term:
     """The term with float64 factors."""
     match term:
+        case Stack():
+            return each_part(term, double)
         case Dense(value):
             return Dense(value.double())
         case Outer(left, right, shape):
@@ -96,6 +130,8 @@ def double(term: Term) -> Term:
 def select(term: Term, records: Tensor) -> Term:
     """The term restricted to some records (boolean mask or indices)."""
     match term:
+        case Stack():
+            return each_part(term, lambda t: select(t, records))
         case Dense(value):
             return Dense(value[records])
         case Outer(left, right, shape):
@@ -104,3 +140,22 @@ def select(term: Term, records: Tensor) -> Term:
             return Scatter(grad[records], index[records], shape)
         case Conv(grad, x, weight, spec):
             return Conv(grad[records], x[records], weight, spec)
+
+
+def spread(term: Term, ids: Tensor, records: int) -> Term:
+    """The term of some records as one of all ``records``: zero for the others."""
+
+    def put(x: Tensor) -> Tensor:
+        return x.new_zeros(records, *x.shape[1:]).index_copy_(0, ids.to(x.device), x)
+
+    match term:
+        case Stack():
+            return each_part(term, lambda t: spread(t, ids, records))
+        case Dense(value):
+            return Dense(put(value))
+        case Outer(left, right, shape):
+            return Outer(put(left), put(right), shape)
+        case Scatter(grad, index, shape):
+            return Scatter(put(grad), put(index), shape)
+        case Conv(grad, x, weight, spec):
+            return Conv(put(grad), put(x), weight, spec)

@@ -1,9 +1,10 @@
 """The closed set of factored per-sample gradients.
 
-A rule never ships a norm of its own: it returns one of these four records, and every quantity (norm, inner
+A rule never ships a norm of its own: it returns one of these records, and every quantity (norm, inner
 product, clipped sum, dense gradient) is derived from the record. Shapes: B records, T rows a record.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,15 @@ class Dense:
         return self.value.shape[1:]
 
 
-Term = Outer | Conv | Scatter | Dense
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """G_b is zero but for slices along the first axis, which do not overlap: {(start, rows): terms of the slice}."""
+
+    parts: "dict[tuple[int, int], tuple[Term, ...]]"
+    shape: torch.Size  # of the whole parameter
+
+
+Term = Outer | Conv | Scatter | Dense | Stack
 
 
 def device(term: Term) -> torch.device:
@@ -78,6 +87,8 @@ def device(term: Term) -> torch.device:
     match term:
         case Outer(left=x) | Conv(grad=x) | Scatter(grad=x) | Dense(value=x):
             return x.device
+        case Stack(parts):
+            return device(next(iter(parts.values()))[0])
 
 
 def batch_size(term: Term) -> int:
@@ -85,3 +96,10 @@ def batch_size(term: Term) -> int:
     match term:
         case Outer(left=x) | Conv(grad=x) | Scatter(grad=x) | Dense(value=x):
             return x.shape[0]
+        case Stack(parts):
+            return batch_size(next(iter(parts.values()))[0])
+
+
+def each_part(stack: Stack, change: Callable[[Term], Term]) -> Stack:
+    """The stack with ``change`` made to every term."""
+    return Stack({k: tuple(change(t) for t in terms) for k, terms in stack.parts.items()}, stack.shape)

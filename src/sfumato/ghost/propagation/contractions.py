@@ -18,6 +18,27 @@ def matmul(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     return contraction(name, a, tag_of(a), b, tag_of(b), records, out)
 
 
+def added(
+    name: str,
+    tag_of: Lookup,
+    records: int,
+    args: Args,
+    kwargs: Kwargs,
+    out: Any,
+) -> Tag:
+    """addmm and its like: a product, then a sum."""
+    named = [kwargs.get(k) for k in ("input", "mat1", "batch1", "vec", "mat2", "batch2")]
+    operands = [t for t in (*args, *named) if isinstance(t, Tensor)]
+    if len(operands) != 3 or (name == "addmv" and "vec" in kwargs):
+        return Unknown(name)
+    addend, a, b = operands
+    own = tag_of(addend)
+    if tag_of(a) is None and tag_of(b) is None:
+        return pointwise(name, [(addend, own)], records, out) if own is not None else Unknown(name)
+    product = contraction(name, a, tag_of(a), b, tag_of(b), records, out)
+    return product if own is None else pointwise(name, [(addend, own), (out, product)], records, out)
+
+
 def contraction(name: str, a: Tensor, ta: Tag | None, b: Tensor, tb: Tag | None, records: int, out: Tensor) -> Tag:
     """The record axis of a @ b."""
     places: list[Rows] = []

@@ -30,7 +30,9 @@ _POINTWISE = set(
     "half bfloat16 long int bool contiguous clone detach data real cpu cuda masked_fill where nan_to_num "
     "requires_grad bernoulli positive rsub float_power fill zero copy div truediv floordiv floor_divide mod "
     "remainder iadd isub imul itruediv ne eq lt gt le ge and or xor invert neg abs pow rpow rtruediv radd rmul clip "
-    "normal uniform feature_alpha_dropout dropout1d dropout2d dropout3d".split()
+    "normal uniform feature_alpha_dropout dropout1d dropout2d dropout3d real imag polar complex conj "
+    "resolve_conj resolve_neg isclose multiply divide subtract negative absolute greater greater_equal less less_equal "
+    "not_equal log_sigmoid".split()
 )
 
 

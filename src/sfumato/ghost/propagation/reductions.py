@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sfumato.ghost import indexing
 from sfumato.ghost.propagation.names import Args, Kwargs, Lookup
-from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
+from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown, Verdict, by_record
 
 
 def pointwise(name: str, tags: Sequence[tuple[Tensor, Tag]], records: int, out: Any) -> Tag:
@@ -35,9 +35,14 @@ def reduce(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     rows = tag_of(x)
     if not isinstance(rows, Rows):
         return Unknown(name)
-    rest = args[2:] if name in ("norm", "vector_norm") else args[1:]
+    rest = args[2:] if name in ("norm", "vector_norm", "linalg_vector_norm", "linalg_norm") else args[1:]
     dims = indexing.dims_of(rest, kwargs, x.dim())
     if dims is None or rows.axis in dims:
+        if name in ("all", "any") and isinstance(out, Tensor) and out.numel() == 1:
+            return verdict(name, x, rows, records)
+        if name == "sum" and isinstance(out, Tensor) and out.dim() == 0 and not x.is_floating_point():
+            each = by_record(x.unsqueeze(-1), rows, records, 1).flatten(1).sum(1)
+            return Reduced(name, each, x.numel() if rows.owner is None else 0)
         # The mean over a number of rows that the data decide couples records; a sum never does.
         regular = rows.owner is None
         return Reduced(name) if name in ("sum", "nansum") or (name == "mean" and regular) else Coupled(name)
@@ -45,6 +50,13 @@ def reduce(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     if first.dim() == x.dim():
         return rows
     return rows.at(rows.axis - sum(d < rows.axis for d in dims))
+
+
+def verdict(name: str, x: Tensor, rows: Rows, records: int) -> Verdict:
+    """What ``x.all()`` or ``x.any()`` would be for each record alone."""
+    hits = x.bool() if name == "any" else ~x.bool()
+    each = by_record(hits.unsqueeze(-1), rows, records, 1).flatten(1).any(1)
+    return Verdict(name, each if name == "any" else ~each)
 
 
 def along(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
@@ -73,6 +85,18 @@ def along(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, o
     if dims is None or rows.axis in dims:
         return Coupled(name)
     return rows.at(rows.axis - (dims[0] < rows.axis)) if name == "cosine_similarity" else rows
+
+
+def diff(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    """Differences of neighbours along one dim, with a few values put before or after."""
+    operands = list(indexing.tensors(args, kwargs))
+    tags = [tag for t in operands if (tag := tag_of(t)) is not None]
+    rows = tags[0]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) % out.dim()
+    if not isinstance(rows, Rows) or dim == rows.axis:
+        return Coupled(name)
+    alike = all(isinstance(t, Rows) and t.axis == rows.axis and t.same_owners(rows) for t in tags)
+    return rows if alike and all(t.dim() == out.dim() for t in operands) else Coupled(name)
 
 
 def loss(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:

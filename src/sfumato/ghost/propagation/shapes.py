@@ -17,6 +17,8 @@ def view(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, ou
     if name in ("squeeze", "unsqueeze", "flatten", "unflatten", "view", "reshape", "ravel", "view_as", "reshape_as"):
         if x.shape == out.shape:
             return rows
+        if x.dtype != out.dtype:  # other elements out of the same bytes of the last axis
+            return rows if rows.axis != x.dim() - 1 else Unknown(name)
         if name == "unsqueeze":
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             dim = dim % out.dim()
@@ -46,10 +48,11 @@ def permute(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs,
 def pad(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     x = args[0]
     rows = tag_of(x)
-    amounts = args[1] if len(args) > 1 else kwargs["pad"]
-    if isinstance(rows, Rows) and rows.axis < x.dim() - len(amounts) // 2:
-        return rows
-    return Unknown(name)
+    amounts = list(args[1] if len(args) > 1 else kwargs["pad"])
+    if not isinstance(rows, Rows):
+        return Unknown(name)
+    own = amounts[2 * (x.dim() - 1 - rows.axis) :][:2]
+    return rows if not any(own) else Unknown(name)
 
 
 def pieces(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Any:
@@ -84,7 +87,9 @@ def cat(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out
     parts = list(tensors)
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     if name in ("hstack", "vstack", "dstack"):
-        return Unknown(name)
+        dim = {"hstack": 1, "vstack": 0, "dstack": 2}[name]
+        if any(p.dim() <= max(dim, 1) for p in parts):
+            return Unknown(name)
     dim = dim % out.dim()
     tags = [tag_of(p) for p in parts]
     rows = [t for t in tags if isinstance(t, Rows)]
@@ -134,14 +139,16 @@ def gather(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     index = args[2] if len(args) > 2 else kwargs["index"]
     rows, picks = tag_of(x), tag_of(index)
     dim = dim % x.dim()
+    if rows is None and name != "index_select":
+        return picks if picks is not None else Unknown(name)  # of a constant, one entry for each entry of the index
     if name == "index_select":
         if not isinstance(rows, Rows):
             return picks.at(dim) if isinstance(picks, Rows) else Unknown(name)
-        if picks is not None:
-            return Coupled(name)  # a record chooses what others' rows are read
         if dim != rows.axis:
-            return rows
-        return from_owner(dim, owners(rows, records, x.device)[index], records)
+            return rows if picks is None else Coupled(name)
+        found = from_owner(dim, owners(rows, records, x.device)[index], records)
+        own = picks is None or (isinstance(picks, Rows) and picks.at(dim).same_owners(found))
+        return found if own or records == 1 else Coupled(name)  # a record may pick rows of its own
     if isinstance(rows, Rows) and dim != rows.axis:
         if isinstance(picks, Rows) and (picks.axis != rows.axis or not picks.same_owners(rows)) and records != 1:
             return Coupled(name)

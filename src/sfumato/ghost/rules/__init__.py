@@ -5,8 +5,23 @@ calls bind alike. Operations without a rule of their own go through ``broadcast`
 for each record, and the operation runs as it is. ``NoRule`` sends the module down the fallback ladder.
 """
 
-from sfumato.ghost.rules import conv, linear, lookup, norm
+from sfumato.ghost.rules import aligned, attention, conv, linear, lookup, norm, recurrent, routed, user
 from sfumato.ghost.rules.elementwise import broadcast
-from sfumato.ghost.rules.table import RULES, SCREENS, NoRule
+from sfumato.ghost.rules.table import RULES, SCREENS, NoRule, Split
 
-__all__ = ["RULES", "SCREENS", "NoRule", "broadcast", "conv", "linear", "lookup", "norm"]
+__all__ = [
+    "RULES",
+    "SCREENS",
+    "NoRule",
+    "Split",
+    "aligned",
+    "attention",
+    "broadcast",
+    "conv",
+    "linear",
+    "lookup",
+    "norm",
+    "recurrent",
+    "routed",
+    "user",
+]

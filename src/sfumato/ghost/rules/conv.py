@@ -24,6 +24,8 @@ def _conv(c: "Capture", x: Tensor, weight: Tensor, bias: Tensor | None, spec: Co
     rows = c.tag(x)
     if not isinstance(rows, Rows) or c.tag(weight) is not None:
         raise NoRule("convolution", "the input carries no record axis")
+    if weight.is_complex():
+        raise NoRule("convolution", "complex weights")
     if x.dim() == weight.dim() - 1:  # an unbatched image
         raise NoRule("convolution", "unbatched image")
     if rows.axis != 0:

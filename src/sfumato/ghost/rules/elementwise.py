@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import CoupledRecords
-from sfumato.ghost import indexing
+from sfumato.ghost import copies, indexing
+from sfumato.ghost.propagation import routing
 from sfumato.ghost.rows import Rows
 from sfumato.ghost.rules.table import NoRule, rule
 
@@ -25,13 +26,16 @@ def broadcast(c: "Capture", name: str, func: Callable[..., Any], args: tuple[Any
         c.refuse_mixed(name, c.tag(mixed))
     if any(f.axis != found[0].axis or not f.same_owners(found[0]) for f in found) and c.records != 1:
         raise CoupledRecords(f"{name} combines different records of the batch.", where=c.where())
-    rows = found[0]
+    rows = next((f for f in found if f.arranged), found[0])
+    constants = (t for t in operands if rows.arranged and t.dim() and c.tag(t) is None and c.target(t) is None)
+    if not all(routing.steady(t, rows, ndim) for t in constants):
+        raise CoupledRecords(f"{name} joins rows that the batch arranged to constants by their place.", where=c.where())
     if name.endswith("_") and not name.startswith("_") and c.target(args[0]) is not None:
         raise NoRule(name, "records written into a parameter")
 
     def swap(value: Any) -> Any:
         if isinstance(value, Tensor) and c.target(value) is not None:
-            return c.align(value, rows, ndim)
+            return copies.align(c, value, rows, ndim)
         return type(value)(swap(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     out = func(*(swap(a) for a in args), **{k: swap(v) for k, v in kwargs.items()})

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.errors import CoupledRecords
-from sfumato.ghost import indexing
+from sfumato.ghost import copies, indexing
 from sfumato.ghost.functions import LinearFn
 from sfumato.ghost.rows import Rows
 from sfumato.ghost.rules.elementwise import broadcast
@@ -58,12 +58,25 @@ def matmul(c: "Capture", input: Tensor, other: Tensor) -> Tensor:
     tensor, on_left = (other, True) if c.target(input) is not None else (input, False)
     weight = input if on_left else other
     rows = c.tag(tensor)
+    if isinstance(rows, Rows) and weight.dim() == tensor.dim() == 3 and rows.axis == (2 if on_left else 1):
+        return _blocks(c, input, other, on_left)
     if not isinstance(rows, Rows) or weight.dim() < 2 or rows.axis >= tensor.dim() - 2:
         raise NoRule("matmul", "the record axis is a matrix axis")
     axis = rows.axis + max(weight.dim() - tensor.dim(), 0)
-    copies = c.spread_along(weight, rows, max(tensor.dim(), weight.dim()), axis)
-    out = torch.matmul(copies, tensor) if on_left else torch.matmul(tensor, copies)
+    each = copies.align(c, weight, rows.at(axis), max(tensor.dim(), weight.dim()))
+    out = torch.matmul(each, tensor) if on_left else torch.matmul(tensor, each)
     return c.tagged(out, rows.at(axis))
+
+
+def _blocks(c: "Capture", left: Tensor, right: Tensor, on_left: bool) -> Tensor:
+    """A product for each slice of a stack of matrices, the records in every one (block-diagonal maps)."""
+    if on_left:
+        turned = _blocks(c, c.call(Tensor.transpose, right, 1, 2), c.derive("transpose", left, 1, 2), False)
+        return c.call(Tensor.transpose, turned, 1, 2)
+    count = max(left.shape[0], right.shape[0])
+    xs, weights = (list(c.call(Tensor.unbind, t, 0)) * (count // max(1, t.shape[0])) for t in (left, right))
+    out: Tensor = c.call(torch.stack, [c.call(torch.matmul, x, w) for x, w in zip(xs, weights, strict=True)])
+    return out
 
 
 @rule("rmatmul")
@@ -85,7 +98,7 @@ def addmm(c: "Capture", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: floa
 def einsum(c: "Capture", *args: Any) -> Tensor:
     parsed = indexing.einsum_letters(args)
     if parsed is None:
-        raise NoRule("einsum", "ellipsis or sublist form")
+        raise NoRule("einsum", "sublist form")
     inputs, output, operands = parsed
     found = [(spec[r.axis], r) for spec, x in zip(inputs, operands, strict=True) if isinstance(r := c.tag(x), Rows)]
     tagged = dict(found)
@@ -97,11 +110,11 @@ def einsum(c: "Capture", *args: Any) -> Tensor:
     specs, values = [], []
     for spec, x in zip(inputs, operands, strict=True):
         if c.target(x) is not None:
-            if letter in spec:
-                raise NoRule("einsum", "a parameter already has the record axis")
-            spec, x = letter + spec, c.spread_rows(x, rows)
-        elif c.tag(x) is None and letter in spec:
-            raise NoRule("einsum", "a constant has the record axis")
+            if letter in spec and x.shape[spec.index(letter)] != 1:
+                x = copies.as_rows(c, x, rows.at(spec.index(letter)))
+            else:
+                x = x if letter not in spec else c.derive("squeeze", x, spec.index(letter))
+                spec, x = letter + spec.replace(letter, ""), copies.spread_rows(c, x, rows)
         specs.append(spec)
         values.append(x)
     return c.tagged(torch.einsum(f"{','.join(specs)}->{output}", *values), rows.at(output.index(letter)))
@@ -109,7 +122,7 @@ def einsum(c: "Capture", *args: Any) -> Tensor:
 
 @rule("bilinear")
 def bilinear(c: "Capture", input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input1.dim() != 2:
-        raise NoRule("bilinear", "more than two axes")
-    out: Tensor = c.call(torch.einsum, "bi,oij,bj->bo", input1, weight, input2)
-    return out if bias is None else c.call(torch.add, out, bias)
+    pairs = c.call(torch.mul, c.call(Tensor.unsqueeze, input1, -1), c.call(Tensor.unsqueeze, input2, -2))
+    flat = c.call(Tensor.flatten, pairs, -2)
+    out: Tensor = c.call(F.linear, flat, c.call(Tensor.flatten, weight, 1), bias)
+    return out

@@ -107,7 +107,7 @@ def _screen_instance_norm(
             "instance_norm with track_running_stats=True writes statistics of private records into a buffer, "
             "un-noised.",
             where=c.where(),
-            fix="build it with track_running_stats=False.",
+            fix="build it with track_running_stats=False (sf.fix switches it off).",
         )
 
 
@@ -127,7 +127,7 @@ def _screen_batch_norm(
             "BatchNorm normalises each record by statistics of the whole batch, so clipping cannot bound one record's "
             "influence.",
             where=c.where(),
-            fix="replace it by GroupNorm, or put the layer in eval() mode.",
+            fix="replace it by GroupNorm (sf.fix does so), or put the layer in eval() mode.",
         )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 
 class NoRule(Exception):
     """Internal: this operation needs a lower tier."""
@@ -10,6 +12,14 @@ class NoRule(Exception):
     def __init__(self, operation: str, why: str):
         super().__init__(f"{operation}: {why}")
         self.operation, self.why = operation, why
+
+
+class Split(Exception):
+    """Internal: the records decide a branch differently, so each group must run on its own."""
+
+    def __init__(self, each: Tensor):
+        super().__init__("a decision that the records take differently")
+        self.each = each
 
 
 RULES: dict[str, Callable[..., Any]] = {}

@@ -75,6 +75,19 @@ def stacked_weights(s: nn.Module, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
+def by_keyword(s: nn.Module, x: Tensor) -> Tensor:
+    choice = s.gate(x).argmax(-1)
+    out = torch.zeros_like(x)
+    for e, expert in enumerate(s.experts):
+        token = (choice == e).nonzero()[:, 0]
+        out = out.index_add(dim=0, index=token, source=expert(x.index_select(0, index=token)))
+    return out
+
+
+def slices_with_and_without_their_axis(s: nn.Module, x: Tensor) -> Tensor:
+    return x * s.weight[0, 0] + x * s.weight[0:1, 0] + x @ s.weight[1] + x @ s.weight[1:2].squeeze(0)
+
+
 FLAT, ROWS = (lambda: (R(B, T, D),)), (lambda: (R(B, D),))
 EXACT = {
     "a loop over nonzero": (nonzero_loop, FLAT, {"experts": experts}),
@@ -82,6 +95,8 @@ EXACT = {
     "index writes": (masked_write, FLAT, {"experts": experts}),
     "boolean masks": (boolean_masks, FLAT, {"experts": experts}),
     "sorted": (sorted_rows, FLAT, {"scale": (E, D)}),
+    "by keyword": (by_keyword, ROWS, {"experts": experts}),
+    "slices with and without their axis": (slices_with_and_without_their_axis, ROWS, {"weight": (E, D, D)}),
     "slices of one parameter": (stacked_weights, FLAT, {"weight": (E, D, D), "bias": (E, D)}),
 }
 
@@ -148,11 +163,59 @@ def first_of_sorted(s: nn.Module, x: Tensor) -> Tensor:
     return s.experts[0](x[order][:2])
 
 
+def rank_chooses_the_row(s: nn.Module, x: Tensor) -> Tensor:
+    """Each reads a row of its own, but which one is a matter of how all are sorted."""
+    flat = x.reshape(-1, D)
+    rank = torch.argsort(torch.argsort(s.gate(flat)[:, 0]))
+    token = (flat[:, 1] > -99).nonzero()[:, 0]
+    own = token - token % T + rank[token] % T
+    return torch.zeros_like(flat).index_add(0, token, s.experts[0](flat[own])).view_as(x)
+
+
+def ramp_in_sorted_order(s: nn.Module, x: Tensor) -> Tensor:
+    back = torch.argsort(torch.argsort(s.gate(x)[:, 0]))
+    ramp = torch.linspace(0, 1, len(x), dtype=x.dtype)[:, None].repeat(1, D)
+    return ramp.index_add(0, back, s.experts[0](x))[back]
+
+
+def written_by_place(s: nn.Module, x: Tensor) -> Tensor:
+    order = torch.argsort(s.gate(x)[:, 0])
+    h = s.experts[0](x)[order].clone()
+    h[2:] = 0
+    return h[torch.argsort(order)]
+
+
+def einsum_by_place(s: nn.Module, x: Tensor) -> Tensor:
+    order = torch.argsort(s.gate(x)[:, 0])
+    ramp = torch.arange(len(x), dtype=x.dtype)
+    return torch.einsum("nd,n,dk->nk", x[order], ramp, s.experts[0].weight)[torch.argsort(order)]
+
+
+def bias_by_place(s: nn.Module, x: Tensor) -> Tensor:
+    order = torch.argsort(s.gate(x)[:, 0])
+    ramp = torch.arange(len(x), dtype=x.dtype)[:, None]
+    return nn.functional.linear(x[order], s.experts[0].weight, ramp)[torch.argsort(order)]
+
+
+def place_among_the_chosen(s: nn.Module, x: Tensor) -> Tensor:
+    chosen = x[:, 0] > -99
+    h = s.experts[0](x[chosen])
+    out = torch.zeros_like(x)
+    out[chosen] = h * torch.arange(len(h), dtype=x.dtype)[:, None]
+    return out
+
+
+def parameter_by_place_in_the_batch(s: nn.Module, x: Tensor) -> Tensor:
+    return s.experts[0](x) * s.table[: len(x)]
+
+
 COUPLED = {
     f.__name__: (f, inputs)
     for f, inputs in (
         (capacity, FLAT), (rank_as_feature, ROWS), (position_after_sort, ROWS), (learned_position_after_sort, ROWS),
         (running_count, FLAT), (neighbour_in_order, ROWS), (written_to_another, ROWS), (first_of_sorted, ROWS),
+        (rank_chooses_the_row, FLAT), (ramp_in_sorted_order, ROWS), (written_by_place, ROWS), (einsum_by_place, ROWS),
+        (bias_by_place, ROWS), (place_among_the_chosen, ROWS), (parameter_by_place_in_the_batch, ROWS),
     )
 }  # fmt: skip
 

@@ -1,14 +1,17 @@
 """The doors of a model: which inputs carry records, and what may leave or stay behind."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from sfumato.errors import RowsMismatch, UnknownBatchAxis, UnsupportedError
 from sfumato.ghost import declared, indexing
-from sfumato.ghost.rows import Coupled, Rows, Unknown
+from sfumato.ghost.rows import Coupled, Order, Rows, Unknown
 from sfumato.ghost.rules import NoRule
 from sfumato.ghost.writes import place, storage
 
@@ -21,6 +24,7 @@ def admit(c: "Capture", door: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     slots = list(indexing.named_tensors((args, kwargs)))
     if torch._C._current_graph_task_id() != -1:
         _readmit(c, [t for _, t in slots])
+    _admit_packed(c, args, kwargs)
     seen = [t for _, t in slots if c.own_tag(t) is not None]
     slots = [(i, t) for i, t in slots if not any(t is o for o in seen)]
     strayed = next(
@@ -69,6 +73,42 @@ def admit(c: "Capture", door: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     for tensor in carriers:
         _refuse_transposed(c, tensor)
         c.set_tag(tensor, Rows(c.batch_dim))
+
+
+@contextmanager
+def _unseen(c: "Capture") -> Iterator[None]:
+    """Reading what says where records lie is no operation on them."""
+    before, c.suspended = c.suspended, True
+    try:
+        yield
+    finally:
+        c.suspended = before
+
+
+def _admit_packed(c: "Capture", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Packed sequences say whose their rows are: step by step, the records in the order in which they were sorted."""
+    for packed in (v for v in (*args, *kwargs.values()) if isinstance(v, PackedSequence)):
+        if c.own_tag(packed.data) is not None or packed.data.grad_fn is not None or declared.active(c) is not None:
+            continue  # seen already, or refused as what it is
+        order = packed.sorted_indices
+        with _unseen(c):
+            sizes = packed.batch_sizes.tolist()
+            first = list(range(sizes[0])) if order is None else order.tolist()
+        if c.tape.records is None:
+            c.tape.records = sizes[0] if c.expected is None else c.expected
+        if sizes[0] != c.records or sorted(first) != list(range(c.records)):
+            raise RowsMismatch(
+                f"The batch has {c.records} records, but the packed sequence {sizes[0]}.",
+                found=sizes[0],
+                where=c.where(),
+                fix="pack the batch as the private loader gave it.",
+            )
+        owner = torch.tensor([record for n in sizes for record in first[:n]])
+        c.set_tag(packed.data, Rows(0, owner=owner, arranged=True))
+        for index in (packed.batch_sizes, order, packed.unsorted_indices):
+            if index is not None:
+                c.loaded.pop(storage(index), None)  # how many are in the first step is how many were drawn
+                c.set_tag(index, Order("a packed input", permuted=order is not None))
 
 
 def _admit_declared(

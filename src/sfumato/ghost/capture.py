@@ -20,7 +20,7 @@ from sfumato.ghost.calls import DECISIONS, ESCAPES, METADATA, name_of
 from sfumato.ghost.functions import Use
 from sfumato.ghost.landing import LANDINGS, follow
 from sfumato.ghost.propagation import clean, is_pointwise, propagate
-from sfumato.ghost.rows import Coupled, Histogram, Order, Reduced, Rows, Tag, Unknown, Verdict
+from sfumato.ghost.rows import Coupled, Histogram, Order, Reduced, Rows, Tag, Unknown, Verdict, Whole
 from sfumato.ghost.rules import NoRule, Split
 from sfumato.ghost.tape import Tape
 from sfumato.ghost.targets import RESHAPES, SWAPS, Derived, Param, Target, derive_from
@@ -57,9 +57,10 @@ class Capture(TorchFunctionMode):
         self.suspended = False  # inside a lower tier: operations run natively
         self.alone = False  # inside a lower tier that runs one record at a time
         self.path: list[str] = []
+        self.raised: NoRule | Split | None = None  # on its way to the module that will handle it
         self.opened: dict[nn.Module, str] = {}  # modules whose forward leads here, by the name they have now
         self.constant: set[tuple[nn.Module, str]] = set()  # inputs known to carry no records
-        self.loaded: set[int] = set()  # storages of the batch that the private loader yielded
+        self.loaded: dict[int, object] = {}  # memory of the batch that the private loader yielded, held
         self.expected: int | None = None  # rows that the current batch must have
         self.parameters: dict[str, Tensor] = {}
         self._ids: dict[int, Param] = {}
@@ -103,7 +104,7 @@ class Capture(TorchFunctionMode):
     def load(self, batch: object) -> None:
         """Note the tensors of a drawn batch: records even if their objects were seen in an earlier one."""
         tensors = list(indexing.deep_tensors(batch))
-        self.loaded = {storage(t) for t in tensors}
+        self.loaded = {storage(t): t for t in tensors}
         for t in tensors:
             self._stale.pop(id(t), None)
 
@@ -210,13 +211,23 @@ class Capture(TorchFunctionMode):
                 if caught:
                     raise NoRule(name_of(func), "a value of the whole batch that is no argument of the module")
             return func(*args, **(kwargs or {}))
-        return self.call(func, *args, **(kwargs or {}))
+        try:
+            return self.call(func, *args, **(kwargs or {}))
+        except (NoRule, Split) as reason:
+            self.raised = reason
+            raise
+
+    def reraise(self) -> None:
+        """A forward that swallowed the reason to run it in another way went its own way because of it."""
+        if (reason := self.raised) is not None:
+            self.raised = None
+            raise reason
 
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run one operation as the mode sees it."""
         name = name_of(func)
         if name in METADATA and func is not torch.autograd.grad:
-            return func(*args, **kwargs)
+            return Whole(func(*args)) if name == "numel" else func(*args, **kwargs)
         operands = list(indexing.tensors(args, kwargs))
         tagged = any(self.tag(t) is not None for t in operands)
         base = clean(name)
@@ -247,7 +258,7 @@ class Capture(TorchFunctionMode):
         operands = list(indexing.tensors(args, kwargs))
         if any(t.requires_grad and self.tag(t) is None for t in operands):
             raise NoRule(base, "an operand carries gradients but no known record axis")
-        if name in DECISIONS and isinstance(verdict := self.tag(operands[0]), Verdict):
+        if name in ("__bool__", "is_nonzero") and isinstance(verdict := self.tag(operands[0]), Verdict):
             return self._decided(verdict)
         self._refuse_leaks(name, operands)
         written = written_by(name, args, kwargs)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import CoupledRecords
@@ -46,6 +47,13 @@ def as_rows(c: "Capture", value: Tensor, rows: Rows) -> Tensor:
             where=c.where(),
             fix="use the parameter before the rows are sorted or routed.",
         )
+    if rows.owner is None and c.records > 1 and not _same_for_all(value.detach(), rows, c.records):
+        raise CoupledRecords(
+            "A parameter has a different entry for each place in the batch: which one a record gets depends on how "
+            "many come before it.",
+            where=c.where(),
+            fix="index it by something that the record itself holds.",
+        )
     target = c.target(value)
     if isinstance(target, Param):
         target = Derived(value, (target.name,))
@@ -62,3 +70,10 @@ def align(c: "Capture", value: Tensor, rows: Rows, ndim: int) -> Tensor:
     if own >= 0 and value.shape[own] != 1:
         return as_rows(c, value, rows.at(own))
     return spread_along(c, value, rows, ndim, rows.axis)
+
+
+def _same_for_all(value: Tensor, rows: Rows, records: int) -> bool:
+    """Whether every record's block of rows is that of the first, up to rounding."""
+    blocks = value.movedim(rows.axis, 0).unflatten(0, (rows.outer, records, rows.inner))
+    tolerance = 1e3 * torch.finfo(value.dtype).eps
+    return torch.allclose(blocks, blocks[:, :1].expand_as(blocks), rtol=tolerance, atol=tolerance, equal_nan=True)

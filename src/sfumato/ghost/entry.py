@@ -8,13 +8,14 @@ Copies and pickles of a module hold its plain forward.
 import copy
 import sys
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from sfumato.errors import SfumatoError, UnsupportedError
+from sfumato.ghost import indexing
 from sfumato.ghost.admission import admit, check_output, remember
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.fallback import TIERS, judge, refuse_batch_statistics
@@ -67,11 +68,16 @@ class _Forward:
         c = self.capture
         c.path.append(self.name)
         try:
-            tier = c.tiers.get(self.name, "rule")
+            tier, each = c.tiers.get(self.name, "rule"), None
+            versions = [(t, t._version) for t in indexing.tensors(args, kwargs)]
             while True:
                 try:
                     if tier == "rule":
                         out = self.__wrapped__(*args, **kwargs)
+                        c.reraise()
+                    elif each is not None:
+                        run = lambda a, k: self._run(a, k, outermost=True)  # noqa: E731
+                        return by_groups(c, self.module, each, run, self.__wrapped__, args, kwargs)
                     else:
                         judge(c, self.module, self.__wrapped__, tier, args, kwargs)
                         out = TIERS[tier](c, self.module, args, kwargs)
@@ -80,11 +86,12 @@ class _Forward:
                         check_output(c, out)
                     return out
                 except Split as decision:
+                    c.raised = None
                     if not outermost:
                         raise
-                    run = lambda a, k: self._run(a, k, outermost=True)  # noqa: E731
-                    return by_groups(c, self.module, decision.each, run, self.__wrapped__, args, kwargs)
+                    tier, each = "groups", decision.each
                 except NoRule as reason:
+                    c.raised = each = None
                     tier = self._lower(tier, reason, outermost)
                 except SfumatoError:
                     raise
@@ -95,14 +102,25 @@ class _Forward:
                     failed = NoRule(tier, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
                     failed.__cause__ = error
                     tier = self._lower(tier, failed, outermost)
+                if any(t._version != v for t, v in versions):
+                    self._refuse_overwritten()
         finally:
             c.path.pop()
+
+    def _refuse_overwritten(self) -> NoReturn:
+        raise UnsupportedError(
+            "The forward has to be run again in another way, but it has already written into its own input.",
+            where=self.name or type(self.module).__name__,
+            fix="write into a clone() of the input.",
+        )
 
     def _lower(self, tier: str, reason: NoRule, outermost: bool) -> str:
         """The next tier for this module, or up to the module that contains it."""
         reasons = self.capture.reasons
-        reasons[self.name] = str(reason) if tier == "rule" else f"{reasons.get(self.name, '')}; {tier} failed: {reason}"
-        if tier == "rule":
+        reasons[self.name] = (
+            str(reason) if tier in ("rule", "groups") else f"{reasons.get(self.name, '')}; {tier} failed: {reason}"
+        )
+        if tier in ("rule", "groups"):
             return "vmap"
         # What vmap cannot run at all (sizes that depend on the data) fails in every module around this one too.
         if tier == "vmap" and (outermost or reason.__cause__ is not None):

@@ -4,6 +4,7 @@ Both run the module natively on its own copy of the parameters for each record (
 delivers per-sample gradients; dropout masks and control flow are those of the one forward that was run.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import copies, indexing
 from sfumato.ghost.admission import refuse_buffer
 from sfumato.ghost.capture import Capture
+from sfumato.ghost.outputs import deep_leaves, merged
 from sfumato.ghost.rows import Reduced, Rows
 from sfumato.ghost.rules import NoRule
 
@@ -140,8 +142,7 @@ def judge_by(
         try:
             first, second = (native(*tree_map(_copy, args), **tree_map(_copy, kwargs)) for _ in range(2))
             once, twice = _plain(first), _plain(second)
-            shapes = {(module, i): v.shape for i, v in enumerate(tree_flatten(first)[0]) if isinstance(v, Tensor)}
-            c.native_shapes |= shapes
+            c.native_shapes |= {(module, i): v.shape for i, v in enumerate(deep_leaves(first))}
             split = _plain(apart())
         finally:
             for m in training:
@@ -168,7 +169,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _plain(out: Any) -> list[Tensor]:
-    return [t.detach() for t in tree_flatten(out)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t.detach() for t in deep_leaves(out) if t.is_floating_point()]
 
 
 def _copy(value: Any) -> Any:
@@ -235,20 +236,22 @@ def vmapped(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         outs = iter(torch.vmap(one, in_dims=(0, *in_dims), randomness="different")(own_weights, *given))
     shape, rest, present = others
     default = next(t for t in tags if t is not None)
-    joined = []
-    for i, (value, real) in enumerate(zip(rest, present, strict=True)):
-        if not real:
-            joined.append(value)
-            continue
-        out = next(outs)
-        if out.dim() == 1:  # vmap puts the records first
-            joined.append(_joined_loss(c, out))
-            continue
-        rows = _output_rows(c, module, i, out.shape[1:], default)
-        out = out.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1)
-        c.set_tag(out, rows)
-        joined.append(out)
+    if any(True for value in rest for _ in deep_leaves(value)):
+        raise NoRule("vmap", "an output object holds tensors")
+    joined: list[Any] = []
+    for value, real in zip(rest, present, strict=True):
+        joined.append(_joined(c, module, sum(present[: len(joined)]), next(outs), default) if real else value)
     return tree_unflatten(joined, shape)
+
+
+def _joined(c: Capture, module: nn.Module, leaf: int, out: Tensor, default: Rows) -> Tensor:
+    """One output of vmap, which puts the records first, as the module itself would have given it."""
+    if out.dim() == 1:
+        return _joined_loss(c, out)
+    rows = _output_rows(c, module, leaf, out.shape[1:], default)
+    whole = out.movedim(0, rows.axis).flatten(rows.axis, rows.axis + 1)
+    c.set_tag(whole, rows)
+    return whole
 
 
 def _output_rows(c: Capture, module: nn.Module, leaf: int, one: torch.Size, default: Rows) -> Rows:
@@ -308,23 +311,21 @@ def microbatched(c: Capture, module: nn.Module, args: tuple[Any, ...], kwargs: d
             outs.append(functional_call(module, {n: p[b] for n, p in own_weights.items()}, a, k))
     if not outs:
         return _empty(c, module, args, kwargs)
-    leaves = [tree_flatten(o)[0] for o in outs]
-    shape = tree_flatten(outs[0])[1]
     default = next(t for t in tags if t is not None)
+    leaf = itertools.count()
 
-    def join(leaf: int, values: list[Any]) -> Any:
-        if not isinstance(values[0], Tensor):
-            return values[0]
+    def join(values: tuple[Tensor, ...]) -> Tensor:
+        place = next(leaf)
         if values[0].dim() == 0:
             return _joined_loss(c, torch.stack(values))
         if any(v.shape != values[0].shape for v in values):
             raise NoRule("output", "the records have outputs of different shapes")
-        rows = _output_rows(c, module, leaf, values[0].shape, default)
-        joined = torch.cat(values, rows.axis)
-        c.set_tag(joined, rows)
-        return joined
+        rows = _output_rows(c, module, place, values[0].shape, default)
+        whole = torch.cat(values, rows.axis)
+        c.set_tag(whole, rows)
+        return whole
 
-    return tree_unflatten([join(i, list(column)) for i, column in enumerate(zip(*leaves, strict=True))], shape)
+    return merged(outs, join, c.where())
 
 
 Tier = Callable[[Capture, nn.Module, tuple[Any, ...], dict[str, Any]], Any]

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sfumato.errors import SfumatoError, UnsupportedError
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.fallback import judge_by, refuse_hidden, suspended
+from sfumato.ghost.outputs import alike, deep_leaves, merged
 from sfumato.ghost.rows import Reduced, Rows, Tag
 from sfumato.ghost.rules import NoRule
 
@@ -43,7 +45,9 @@ def by_groups(
             for v, t in zip(flat, tags, strict=True)
         ]
 
-    outs, found = [], []
+    held = _held(module)
+    outs: list[Any] = []
+    found: dict[int, Tag | None] = {}
     for ids in groups:
         with suspended(c, module):
             pieces = cut(ids)
@@ -51,44 +55,76 @@ def by_groups(
             for piece, tag in zip(pieces, tags, strict=True):
                 if isinstance(tag, Rows):
                     c.set_tag(piece, tag)
-            out = run(*tree_unflatten(pieces, spec))
-            outs.append(tree_flatten(out))
-            found.append([c.own_tag(v) for v in outs[-1][0]])
+            outs.append(_guarded(run, c, *tree_unflatten(pieces, spec)))
+            found |= {id(t): c.own_tag(t) for t in deep_leaves(outs[-1])}
+    _refuse_kept(module, held, c.where())
     place = torch.argsort(torch.cat(groups))
     shares = [len(ids) / len(each) if c.reduction == "mean" else 1.0 for ids in groups]
+    order: list[tuple[Tag | None, ...]] = []
+
+    def join(values: tuple[Tensor, ...]) -> Tensor:
+        order.append(tuple(found[id(v)] for v in values))
+        whole, tag = _joined(values, order[-1], place, shares, c.where())
+        if tag is not None:
+            c.set_tag(whole, tag)
+        return whole
+
+    with suspended(c, module):
+        out = merged(outs, join, c.where())
 
     def natively() -> Any:
-        with torch.no_grad():
-            parts = []
-            for ids in groups:
-                a, k = tree_unflatten([v.clone() if isinstance(v, Tensor) else v for v in cut(ids)], spec)
-                parts.append(tree_flatten(native(*a, **k))[0])
-        columns = zip(zip(*parts, strict=True), zip(*found, strict=True), strict=True)
-        return [_joined(values, rows, place, shares)[0] for values, rows in columns]
+        parts = []
+        for ids in groups:
+            a, k = tree_unflatten([v.clone() if isinstance(v, Tensor) else v for v in cut(ids)], spec)
+            parts.append(native(*a, **k))
+        known = iter(order)
+        return merged(parts, lambda values: _joined(values, next(known), place, shares, c.where())[0], c.where())
 
     judge_by(c, module, native, natively, args, kwargs)
-    leaves = []
-    for values, rows in zip(zip(*(o[0] for o in outs), strict=True), zip(*found, strict=True), strict=True):
-        with suspended(c, module):
-            value, tag = _joined(values, rows, place, shares)
-        if tag is not None:
-            c.set_tag(value, tag)
-        leaves.append(value)
-    return tree_unflatten(leaves, outs[0][1])
+    return out
+
+
+def _guarded(run: Run, c: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return run(args, kwargs)
+    except (SfumatoError, NoRule):
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            "The forward raises an error for some records of this batch that are run apart, because they take another "
+            f"branch than the others ({type(error).__name__}: {error}).",
+            where=c.where(),
+            fix="do not assert on the whole batch inside the forward.",
+        ) from error
+
+
+def _held(module: nn.Module) -> dict[int, Tensor]:
+    """Tensors with a gradient that modules hold beside their parameters, also in lists and dicts."""
+    tensors = (t for m in module.modules() for k, v in vars(m).items() if k[:1] != "_" for t in tree_flatten(v)[0])
+    return {id(t): t for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None}
+
+
+def _refuse_kept(module: nn.Module, before: dict[int, Tensor], where: str) -> None:
+    if any(before.get(key) is not t for key, t in _held(module).items()):
+        raise UnsupportedError(
+            "The forward keeps an activation in an attribute, and records that take different branches are run apart: "
+            "it would hold the value of some of them only.",
+            where=where,
+            fix="return it from the forward.",
+        )
 
 
 def _joined(
-    values: tuple[Any, ...], tags: tuple[Tag | None, ...], place: Tensor, shares: list[float]
-) -> tuple[Any, Tag | None]:
-    """One leaf of the outputs of the groups, in the order of the batch."""
-    first = values[0]
-    if not isinstance(first, Tensor) or all(t is None for t in tags):
-        return first, None
+    values: tuple[Tensor, ...], tags: tuple[Tag | None, ...], place: Tensor, shares: list[float], where: str
+) -> tuple[Tensor, Tag | None]:
+    """One tensor of the outputs of the groups, in the order of the batch."""
+    if all(t is None for t in tags):
+        return alike(values, where), None
     if all(isinstance(t, Reduced) for t in tags):
         return torch.stack([v * s for v, s in zip(values, shares, strict=True)]).sum(0), tags[0]
     rows = tags[0]
     if not isinstance(rows, Rows) or rows.owner is not None or rows.outer != 1 or any(t != rows for t in tags):
         raise NoRule("groups", "an output has no plain record axis")
     blocks = [v.unflatten(rows.axis, (-1, rows.inner)) for v in values]
-    whole = torch.cat(blocks, rows.axis).index_select(rows.axis, place.to(first.device))
+    whole = torch.cat(blocks, rows.axis).index_select(rows.axis, place.to(values[0].device))
     return whole.flatten(rows.axis, rows.axis + 1), rows

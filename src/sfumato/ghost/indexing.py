@@ -194,7 +194,7 @@ def _advanced(
             return Coupled("getitem")
         chosen = from_owner(first, owner[picks[0].nonzero()[:, rows.axis - first]], records)
         return (
-            chosen if place is None or chosen.plain else replace(chosen, arranged=True)
+            chosen if place is None or records == 1 else replace(chosen, arranged=True)
         )  # where one lies, others decide
     pick = picks[rows.axis - first]
     if not isinstance(tag_of(pick), Rows | None) and records != 1:

@@ -96,6 +96,10 @@ class Histogram:
     summed: bool = False
 
 
+class Whole(int):
+    """``x.numel()``: a number of the whole batch, told from a constant that happens to equal it."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Verdict:
     """A yes or no that the whole batch decides (``mask.all()``), and what each record alone would say."""

@@ -23,7 +23,11 @@ _HOOKS = {
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
     "_non_persistent_buffers_set",
 }  # fmt: skip
+_RUN_HOOKS = {
+    "_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks",
+}  # fmt: skip
 _DEPTH, _ENTRIES = 40, 20_000
+_FAR_DEPTH, _FAR_ENTRIES, _FAR_NUMEL = 5, 1_000, 1 << 18  # in what a function only refers to, which may be a data set
 _LARGE = 1 << 16  # parameters of this size are compared by two sums of theirs
 
 
@@ -66,13 +70,15 @@ class State:
 
     leaves: dict[str, Any] = field(default_factory=dict)
     keep: bool = True  # whether it can be put back
+    far: bool = False  # also what functions reach through their closures and global names
+    generators: list[Any] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _large: list[Callable[[bool], None]] = field(default_factory=list)
     _seen: dict[int, object] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, *roots: object, parameters: bool = True, undo: bool = True) -> "State":
-        state = cls(keep=undo)
+    def of(cls, *roots: object, parameters: bool = True, undo: bool = True, far: bool = False) -> "State":
+        state = cls(keep=undo, far=far)
         for root in roots:
             state._visit(root, "", _DEPTH, parameters)
         state._seen.clear()
@@ -86,6 +92,15 @@ class State:
             for undo_large in self._large:
                 undo_large(thorough)
 
+    def reseed(self, seed: int) -> None:
+        """Other random numbers from every generator that the model holds itself."""
+        for k, generator in enumerate(self.generators):
+            _reseed(generator, seed + 1000 * k)
+
+    def drawn(self) -> list[str]:
+        """Where those generators are now."""
+        return [_position(g) for g in self.generators]
+
     def _visit(self, value: Any, path: str, depth: int, parameters: bool) -> None:
         if isinstance(value, _SCALARS):
             self.leaves[path] = value
@@ -98,9 +113,10 @@ class State:
                 self._tensor(value, path)
         elif isinstance(value, np.ndarray):
             self._array(value, path)
-        elif isinstance(value, torch.Generator):
-            self.leaves[path] = before = value.get_state()
-            self._undo.append(lambda: _discard(value.set_state(before)))
+        elif isinstance(value, _GENERATORS):
+            self.leaves[path] = _position(value)
+            self.generators.append(value)
+            self._undo.append(_rewind(value))
         else:
             for key, item in self._members(value):
                 below = path if key in _INTERNAL else f"{path}.{key}" if path else str(key)
@@ -120,28 +136,67 @@ class State:
         if isinstance(value, dict):
             self._undo.append(_redict(value, dict(value)))
             return [(str(k), v) for k, v in value.items()] if len(value) <= _ENTRIES else []
-        if not isinstance(value, nn.Module) and (callable(value) or type(value).__module__.startswith("torch")):
+        if not isinstance(value, nn.Module) and not _users(value):
             return [(k, v) for k, v in vars(value).items()] if hasattr(value, "func") and hasattr(value, "args") else []
+        return [*self._attributes(value), *self._slots(value), *self._of_class(value)]
+
+    def _attributes(self, value: Any) -> list[tuple[str, Any]]:
         try:
             names = vars(value)
         except TypeError:
             return []
         self._undo.append(_redict(names, dict(names)))
-        for hooks in (v for k, v in names.items() if k in _HOOKS and isinstance(v, dict)):  # some are set lazily
-            self._undo.append(_redict(hooks, dict(hooks)))
-        return [(k, v) for k, v in names.items() if k not in _HOOKS]
+        found = [(k, v) for k, v in names.items() if k not in _HOOKS]
+        for key, hooks in names.items():  # some are set lazily
+            if key in _HOOKS and isinstance(hooks, dict):
+                self._undo.append(_redict(hooks, dict(hooks)))
+                if key in _RUN_HOOKS:
+                    found += [(key.strip("_"), inside) for hook in hooks.values() for inside in self._hook(hook)]
+        return found
+
+    def _hook(self, hook: Any) -> list[Any]:
+        """What a hook of the user's writes to: itself if it is an object, what it refers to if it is a function."""
+        if str(getattr(hook, "__module__", "")).split(".")[0] in ("torch", "sfumato"):
+            return []
+        if not isinstance(hook, types.FunctionType):
+            return [hook.__self__] if isinstance(hook, types.MethodType) else [hook]
+        return [v for _, v in (*self._closure(hook), *_referred(hook)) if not isinstance(v, _SCALARS)]
+
+    def _slots(self, value: Any) -> list[tuple[str, Any]]:
+        found = []
+        for kind in type(value).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else tuple(slots):
+                if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                    kept = getattr(value, name)
+                    self._undo.append(_reattribute(value, name, kept))
+                    found.append((name, kept))
+        return found
+
+    def _of_class(self, value: Any) -> list[tuple[str, Any]]:
+        """Values that the classes of an object hold for all its instances."""
+        found = []
+        for kind in type(value).__mro__:
+            if id(kind) in self._seen or not _of_users(kind):
+                continue
+            self._seen[id(kind)] = kind
+            for name, kept in vars(kind).items():
+                if not name.startswith("__") and isinstance(kept, _VALUES) and not isinstance(kept, str):
+                    self._undo.append(_reattribute(kind, name, kept))
+                    found.append((name, kept))
+        return found
 
     def _closure(self, value: Any) -> list[tuple[str, Any]]:
         if isinstance(value, types.MethodType):
-            return [("", value.__self__)] if isinstance(value.__self__, nn.Module) else []
-        found = []
+            return [("", value.__self__)] if isinstance(value.__self__, nn.Module) or self.far else []
+        found = _referred(value) if self.far else []
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
                 inside = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-            # Not into arbitrary objects: a closure may hold a data set.
-            if isinstance(inside, (*_SCALARS, Tensor, nn.Module, list, dict, deque)):
+            # Into arbitrary objects only to put them back: a closure may hold a data set, or a meter for the losses.
+            if self.far or isinstance(inside, (*_SCALARS, Tensor, nn.Module, list, dict, deque, *_GENERATORS)):
                 self._undo.append(_recell(cell, inside))
                 found.append((name, inside))
         return found
@@ -187,7 +242,70 @@ def _undo_large(value: Tensor, alias: Tensor, kept: Tensor) -> Callable[[bool], 
     return undo
 
 
-def _discard(_: object) -> None: ...
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_VALUES = (*_SCALARS, Tensor, np.ndarray, list, dict, set, deque, *_GENERATORS)
+_LIBRARIES = ("torch", "sfumato", "numpy", "builtins", "_thread", "threading", "functools", "typing", "collections")
+
+
+def _of_users(kind: type) -> bool:
+    return kind.__module__.split(".")[0] not in _LIBRARIES
+
+
+def _users(value: Any) -> bool:
+    """An object of the user's own class, with a call or without: not a library's, not a function, not a module."""
+    plain = isinstance(value, (types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.FrameType))
+    return not plain and (_of_users(type(value)) or isinstance(value, types.SimpleNamespace))
+
+
+def _referred(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """Objects that a function calls by a global name."""
+    names = ((n, function.__globals__.get(n)) for n in function.__code__.co_names)
+    return [(n, v) for n, v in names if isinstance(v, (list, dict, set, deque)) or (v is not None and _data(v))]
+
+
+def _data(value: Any) -> bool:
+    code = isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType, *_SCALARS))
+    return not code and (isinstance(value, (Tensor, *_GENERATORS)) or _users(value))
+
+
+def _position(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return str(generator.get_state().numpy().tobytes())
+    if isinstance(generator, np.random.Generator):
+        return str(generator.bit_generator.state)
+    return str(generator.getstate() if isinstance(generator, random.Random) else generator.get_state(legacy=False))
+
+
+def _rewind(generator: Any) -> Callable[[], None]:
+    if isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state
+        return lambda: setattr(generator.bit_generator, "state", state)
+    if isinstance(generator, random.Random):
+        position = generator.getstate()
+        return lambda: generator.setstate(position)
+    before = generator.get_state()
+
+    def undo() -> None:
+        generator.set_state(before)
+
+    return undo
+
+
+def _reseed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed)
+
+
+def _reattribute(owner: Any, name: str, kept: Any) -> Callable[[], None]:
+    def undo() -> None:
+        if getattr(owner, name, None) is not kept:
+            setattr(owner, name, kept)
+
+    return undo
 
 
 def _reset(value: set[Any], kept: set[Any]) -> Callable[[], None]:

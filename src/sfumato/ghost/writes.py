@@ -61,6 +61,24 @@ def taint(c: "Capture", written: Tensor, after: Tag | None) -> None:
 
 def after_setitem(c: "Capture", x: Tensor, index: Any, value: Any) -> Tag:
     """The tag of x after x[index] = value."""
+    after = _after_setitem(c, x, index, value)
+    if c.records == 1 or not isinstance(after, Rows):
+        return after
+    chosen = any(c.tag(t) is not None for t in indexing.tensors((index,)))
+    constants = [t for t in (x, value) if isinstance(t, Tensor) and c.tag(t) is None]
+    if chosen and any(t is value and t.dim() and not routing.indifferent(t, t.shape[0]) for t in constants):
+        return Coupled("setitem")  # which of these constants a record gets is a matter of how many come before it
+    if not after.arranged:
+        return after
+    # A constant may not tell places of rows apart that the batch arranged, nor may where it is written.
+    if not chosen:
+        region = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+        region[index] = True
+        constants.append(region)
+    return after if all(routing.indifferent(t, x.shape[after.axis]) for t in constants) else Coupled("setitem")
+
+
+def _after_setitem(c: "Capture", x: Tensor, index: Any, value: Any) -> Tag:
     own, tag = c.tag(x), c.tag(value)
     items = index if isinstance(index, tuple) else (index,)
     picks = [t for t in indexing.tensors(items) if c.tag(t) is not None]

@@ -9,7 +9,7 @@ from torch import Tensor
 from sfumato.terms.dense import conv_weight_grad, materialize, unfolds
 from sfumato.terms.pixels import suits
 from sfumato.terms.products import crossed
-from sfumato.terms.types import Conv, Dense, Outer, Scatter, Stack, Term, each_part
+from sfumato.terms.types import Conv, Dense, Outer, Scatter, Stack, Term, batch_size, each_part
 
 _COMPACT_ELEMENTS = 1 << 23
 
@@ -62,7 +62,14 @@ def _stacked(stacks: Sequence[Stack]) -> list[Term]:
     ends = sorted(parts)
     if any(a + n > b for (a, n), (b, _) in pairwise(ends)):
         return [Dense(materialize(s)) for s in stacks]
-    return [Stack({k: tuple(merge(parts[k])) for k in ends}, stacks[0].shape)]
+    return [Stack({k: tuple(merge(_of_one_shape(parts[k]))) for k in ends}, stacks[0].shape)]
+
+
+def _of_one_shape(terms: list[Term]) -> list[Term]:
+    """A slice with its axis and one without (w[0:1], w[0]) differ in shape only."""
+    if len({t.shape for t in terms}) == 1:
+        return terms
+    return [Dense(materialize(t).reshape(batch_size(t), -1)) for t in terms]
 
 
 def merge(terms: Sequence[Term]) -> list[Term]:

@@ -27,7 +27,7 @@ from sfumato.ghost.propagation.names import (
     is_pointwise,
 )
 from sfumato.ghost.propagation.reductions import pointwise
-from sfumato.ghost.rows import Coupled, Histogram, Order, Pointer, Reduced, Rows, Tag, Unknown, Verdict
+from sfumato.ghost.rows import Coupled, Histogram, Order, Pointer, Reduced, Rows, Tag, Unknown, Verdict, Whole
 
 __all__ = ["clean", "is_pointwise", "propagate"]
 
@@ -36,6 +36,8 @@ def propagate(
     name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any
 ) -> list[tuple[Tensor, Tag]]:
     """Tags of the output tensors of ``name(*args, **kwargs) -> out``."""
+    if not isinstance(out, (Tensor, tuple, list)):
+        return []
     base = clean(name)
     tensors = list(indexing.tensors(args, kwargs))
     tags = [(t, tag) for t in tensors if (tag := tag_of(t)) is not None]
@@ -51,7 +53,7 @@ def propagate(
         return _assign(out, routing.follow(base, tag_of, records, args, kwargs, out))
     blurred = [tag for _, tag in tags if not isinstance(tag, Rows)]
     if blurred:
-        result: Any = _blur(base, tags, args)
+        result: Any = _blur(base, tags, args, kwargs, out)
     elif packing.sorts_lengths(base, *tags[0]):
         result = packing.sort(base, tag_of, records, args, kwargs, out)
     elif routing.creates(base, args, *tags[0]) and len(tags) == 1:
@@ -63,14 +65,26 @@ def propagate(
         result = pointwise(base, tags, records, out)
     else:
         result = Unknown(base)
-    arranged = next((tag for _, tag in tags if isinstance(tag, Rows) and tag.arranged), None)
-    if arranged is not None and records != 1 and _RULES.get(base) not in (packing.pack, packing.pad, recurrent.frozen):
-        result = packing.kept(result, arranged)
-        if isinstance(result, Rows) and isinstance(out, Tensor) and base not in _UNALIGNED:
-            constants = (t for t in tensors if tag_of(t) is None and t.dim() > 0)
-            if not all(routing.steady(t, result, out.dim()) for t in constants):
-                result = Coupled(base)
+    if records != 1 and _RULES.get(base) not in _ARRANGING:
+        for x, tag in tags:
+            if isinstance(tag, Rows) and tag.arranged:
+                constants = [t for t in tensors if tag_of(t) is None and t.dim() > 0]
+                if base == "getitem":
+                    constants = routing.indices(tag_of, args[0], args[1])
+                result = _kept(base, packing.kept(result, tag), constants, x, tag, out)
+                break
     return _assign(out, result)
+
+
+def _kept(name: str, result: Any, constants: Sequence[Tensor], x: Tensor, rows: Rows, out: Any) -> Any:
+    """``result`` on rows of x that the batch arranged, unless a constant tells one place among them from another."""
+    if name in _UNALIGNED or isinstance(result, (Coupled, Unknown)):
+        return result
+    if isinstance(result, Rows) and (name in _ALIGNED or is_pointwise(name)):
+        alike = all(routing.steady(t, result, out.dim()) for t in constants)
+    else:
+        alike = all(routing.indifferent(t, x.shape[rows.axis]) for t in constants)
+    return result if alike else Coupled(name)
 
 
 def _assign(out: Any, result: Any) -> list[tuple[Tensor, Tag]]:
@@ -85,7 +99,7 @@ def _assign(out: Any, result: Any) -> list[tuple[Tensor, Tag]]:
     return []
 
 
-def _blur(name: str, tags: Sequence[tuple[Tensor, Tag]], args: Args) -> Tag:
+def _blur(name: str, tags: Sequence[tuple[Tensor, Tag]], args: Args, kwargs: Kwargs, out: Any) -> Tag:
     """A value that has lost its record axis: a sum of sums is one, and so is its multiple; all else is a mixture."""
     for kind in (Coupled, Unknown):
         for _, tag in tags:
@@ -100,20 +114,29 @@ def _blur(name: str, tags: Sequence[tuple[Tensor, Tag]], args: Args) -> Tag:
     if not all(isinstance(tag, Reduced) for _, tag in tags):
         return Coupled(name)
     scaled = len(tags) == 1 and name in SCALINGS and (name in SCALES_EITHER or args[0] is tags[0][0])
-    return tags[0][1] if name in SUMMING or scaled else Coupled(name)
+    exact = (
+        not kwargs.get("rounding_mode") and isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex())
+    )
+    return tags[0][1] if exact and (name in SUMMING or scaled) else Coupled(name)
 
 
 def _counted(name: str, count: Reduced, args: Args) -> Tag:
     """``mask.sum() == mask.numel()`` and ``mask.sum() > 0`` are decisions that each record can take alone."""
     bound = args[1]
-    if count.each is None or not isinstance(bound, int) or bound not in (0, count.size):
+    whole = isinstance(bound, Whole) and bound == count.size
+    if count.each is None or not (whole or (type(bound) is int and bound == 0)):
         return Coupled(name)
     return Verdict(name, _COMPARE[name](count.each, bound // max(1, count.each.numel())))
 
 
+_ARRANGING = (packing.pack, packing.pad, recurrent.frozen, recurrent.frozen_cell)  # who look themselves
 _COMPARE: dict[str, Callable[..., Tensor]] = {n: getattr(torch, n) for n in ("eq", "ne", "lt", "le", "gt", "ge")}
 # Constants among their operands are weights: never aligned with the rows.
 _UNALIGNED = set("linear layer_norm rms_norm group_norm instance_norm embedding conv1d conv2d conv3d".split())
+_UNALIGNED |= {"broadcast_tensors", "index_select", "view_as", "reshape_as", "expand_as"}
+# Broadcast from the right against the result.
+_ALIGNED = set("gather take_along_dim scatter matmul rmatmul bmm mm mv addmm baddbmm max min diff cat concat".split())
+_ALIGNED |= {"concatenate", "scaled_dot_product_attention"}
 _LOGIC: dict[str, Callable[..., Tensor]] = {
     "logical_not": torch.logical_not,
     "invert": torch.logical_not,
@@ -143,7 +166,8 @@ _RULES: dict[str, Rule] = {
     **_table(
         reductions.along, "softmax log_softmax softmin cumsum cumprod sort argsort topk flip roll normalize glu renorm"
     ),
-    **_table(reductions.along, "cosine_similarity gumbel_softmax logcumsumexp cummax"),
+    **_table(reductions.along, "gumbel_softmax logcumsumexp cummax"),
+    **_table(reductions.cosine, "cosine_similarity"),
     **_table(
         contractions.leading,
         "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate upsample unfold",

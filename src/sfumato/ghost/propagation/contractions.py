@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.ghost import indexing
+from sfumato.ghost.propagation import routing
 from sfumato.ghost.propagation.names import Args, Kwargs, Lookup
 from sfumato.ghost.propagation.reductions import pointwise
 from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
@@ -12,7 +13,7 @@ from sfumato.ghost.rows import Coupled, Reduced, Rows, Tag, Unknown
 
 def matmul(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     a: Any = args[0]
-    b: Any = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    b: Any = args[1] if len(args) > 1 else next((kwargs[k] for k in ("other", "mat2", "vec") if k in kwargs), None)
     if name == "rmatmul":
         a, b = b, a
     return contraction(name, a, tag_of(a), b, tag_of(b), records, out)
@@ -65,6 +66,8 @@ def einsum(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     inputs, output, operands = parsed
     found = [(spec[r.axis], r) for spec, x in zip(inputs, operands, strict=True) if isinstance(r := tag_of(x), Rows)]
     letter, rows = found[0]
+    if rows.arranged and any(spec.count(letter) > 1 for spec in inputs):
+        return Coupled(name)  # a diagonal: the place of a row among others
     if records != 1 and any(other != letter or not r.same_owners(rows) for other, r in found):
         return Coupled(name)
     return rows.at(output.index(letter)) if letter in output else Reduced(name)
@@ -72,10 +75,13 @@ def einsum(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
 
 def frozen_linear(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     """linear with a constant weight."""
-    x = args[0]
+    x = args[0] if args else kwargs["input"]
     rows = tag_of(x)
-    if isinstance(rows, Rows) and rows.axis < x.dim() - 1 and len([t for t in args if tag_of(t) is not None]) == 1:
-        return rows
+    tagged = [t for t in indexing.tensors(args, kwargs) if tag_of(t) is not None]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if isinstance(rows, Rows) and rows.axis < x.dim() - 1 and len(tagged) == 1:
+        by_place = rows.arranged and bias is not None and not routing.steady(bias, rows, out.dim())
+        return Coupled(name) if by_place else rows
     return Coupled(name)
 
 

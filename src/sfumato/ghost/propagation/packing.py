@@ -48,6 +48,8 @@ def pack(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, ou
     rows, by = tag_of(x), tag_of(lengths)
     if not isinstance(rows, Rows) or rows.axis != (0 if batch_first else 1):
         return Unknown(name)
+    if by is None and rows.arranged and bool((lengths != lengths[0]).any()) and records != 1:
+        return Coupled(name)  # a length for each place of rows that the batch arranged
     if by is not None and not (isinstance(by, Rows) and by.axis == 0 and by.same_owners(rows)) and records != 1:
         return Coupled(name)  # lengths of other records
     owner = owners(rows, records, torch.device("cpu"))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sfumato.ghost.propagation.names import Args, Kwargs, Lookup
 from sfumato.ghost.propagation.packing import first_rows
+from sfumato.ghost.propagation.routing import steady
 from sfumato.ghost.rows import Coupled, Order, Rows, Tag, Unknown
 
 _ALONG = "a recurrence along the axis of the records (see batch_first)"
@@ -65,6 +66,8 @@ def _packed(name: str, call: Call, tag_of: Lookup, records: int) -> tuple[Rows, 
         tag = tag_of(state)
         if tag is not None and not (isinstance(tag, Rows) and tag.axis == 1 and tag.same_owners(first)):
             return Coupled(name)
+        if tag is None and rows.arranged and not steady(state, first.at(1), state.dim()) and records != 1:
+            return Coupled(name)
     return Rows(0, outer=call.input.shape[0]) if records == 1 else rows, first.at(1)
 
 
@@ -82,6 +85,10 @@ def _aligned(name: str, operands: Sequence[tuple[Tensor, int]], tag_of: Lookup, 
         if found is not None and not tag.same_owners(found) and records != 1:
             return Coupled(name)
         found = found or tag
+    if found is not None and found.arranged and records != 1:
+        constants = (v.movedim(axis, 0) for v, axis in operands if tag_of(v) is None)
+        if not all(steady(v, found.at(0), v.dim()) for v in constants):
+            return Coupled(name)
     return found if found is not None else Unknown(name)
 
 

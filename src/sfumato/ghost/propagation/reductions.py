@@ -52,8 +52,10 @@ def reduce(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     return rows.at(rows.axis - sum(d < rows.axis for d in dims))
 
 
-def verdict(name: str, x: Tensor, rows: Rows, records: int) -> Verdict:
+def verdict(name: str, x: Tensor, rows: Rows, records: int) -> Tag:
     """What ``x.all()`` or ``x.any()`` would be for each record alone."""
+    if rows.owner is not None and not rows.arranged and rows.owner.unique().numel() < records:
+        return Coupled(name)  # some records answer for the others
     hits = x.bool() if name == "any" else ~x.bool()
     each = by_record(hits.unsqueeze(-1), rows, records, 1).flatten(1).any(1)
     return Verdict(name, each if name == "any" else ~each)
@@ -65,26 +67,26 @@ def along(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, o
     rows = tag_of(x)
     if not isinstance(rows, Rows):
         return Unknown(name)
-    default = {"sort": -1, "argsort": -1, "topk": -1, "glu": -1, "normalize": 1, "cosine_similarity": 1}.get(name)
-    rest = (
-        args[2:] if name in ("topk", "normalize", "cosine_similarity", "gumbel_softmax", "roll", "renorm") else args[1:]
-    )
+    default = {"sort": -1, "argsort": -1, "topk": -1, "glu": -1, "normalize": 1}.get(name)
+    rest = args[2:] if name in ("topk", "normalize", "gumbel_softmax", "roll", "renorm") else args[1:]
     dims = indexing.dims_of(rest, kwargs, x.dim())
     if dims is None and default is not None:
         dims = (default % x.dim(),)
     if name == "renorm":  # norms over every dim but this one
         return rows if dims == (rows.axis,) else Coupled(name)
-    if name == "cosine_similarity":
-        pair = [(t, tag) for t in args[:2] if (tag := tag_of(t)) is not None]
-        joined = pointwise(
-            name, pair, records, torch.empty(torch.broadcast_shapes(*[t.shape for t in args[:2]]), device="meta")
-        )
-        if not isinstance(joined, Rows):
-            return joined
-        rows = joined
-    if dims is None or rows.axis in dims:
-        return Coupled(name)
-    return rows.at(rows.axis - (dims[0] < rows.axis)) if name == "cosine_similarity" else rows
+    return Coupled(name) if dims is None or rows.axis in dims else rows
+
+
+def cosine(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
+    """Two operands broadcast against each other; the dim, counted after that, vanishes."""
+    pair = list(indexing.tensors(args, kwargs))
+    shape = torch.broadcast_shapes(*[t.shape for t in pair])
+    tags = [(t, tag) for t in pair if (tag := tag_of(t)) is not None]
+    rows = pointwise(name, tags, records, torch.empty(shape, device="meta"))
+    (dim,) = indexing.dims_of(args[2:3], {"dim": kwargs["dim"]} if "dim" in kwargs else {}, len(shape)) or (1,)
+    if not isinstance(rows, Rows):
+        return rows
+    return Coupled(name) if dim == rows.axis else rows.at(rows.axis - (dim < rows.axis))
 
 
 def diff(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
@@ -103,31 +105,48 @@ def loss(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, ou
     """A mean over a number of terms that the data decide (class weights, ignored targets) couples records."""
     operands = [t for t in (*args[:2], kwargs.get("input"), kwargs.get("target")) if isinstance(t, Tensor)]
     weight = args[2] if len(args) > 2 and isinstance(args[2], Tensor) else kwargs.get("weight")
-    rows = tag_of(operands[0])
-    if name in ("cross_entropy", "nll_loss") and isinstance(rows, Rows):
-        if rows.axis == 1:
-            return Coupled(name)  # a softmax over the records
-        target = operands[1]
-        if not target.is_floating_point():
-            rows = rows if rows.axis == 0 else rows.at(rows.axis - 1)
-            label = tag_of(target)
-            if label is not None and not (
-                isinstance(label, Rows) and label.axis == rows.axis and label.same_owners(rows)
-            ):
-                return Coupled(name) if records != 1 else rows
+    others = [t for t in indexing.tensors(args, kwargs) if not any(t is o for o in operands)]
+    if name in ("cross_entropy", "nll_loss"):
+        rows = _labelled(name, operands[0], operands[1], tag_of, records)
+        if any(tag_of(t) is not None for t in others):
+            return Coupled(name)  # weights of the classes
     else:
+        if any(t.dim() < operands[0].dim() and tag_of(t) is not None for t in others):
+            return Coupled(name)  # a variance without the last axis
+        operands += [t for t in others if tag_of(t) is not None]
         tags = [(t, tag) for t in operands if (tag := tag_of(t)) is not None]
         rows = pointwise(
             name, tags, records, torch.empty(torch.broadcast_shapes(*[t.shape for t in operands]), device="meta")
         )
     if not isinstance(rows, Rows) or out.dim() > 0:
-        return rows if rows is not None else Unknown(name)
+        return rows
     if kwargs.get("reduction", "mean") == "sum":
         return Reduced(name)
     ignored = name in ("cross_entropy", "nll_loss") and not operands[1].is_floating_point()
     counted = ignored and bool((operands[1] == kwargs.get("ignore_index", -100)).any())
-    divides = isinstance(weight, Tensor) and name not in ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+    divides = isinstance(weight, Tensor) and not name.startswith(("binary_cross_entropy", "gaussian"))
     return Coupled(name) if counted or divides or rows.owner is not None else Reduced(name)
+
+
+def _labelled(name: str, scores: Tensor, target: Tensor, tag_of: Lookup, records: int) -> Tag:
+    """Scores (N, C, ...) and labels (N, ...), or a probability for each class."""
+    classes = min(1, scores.dim() - 1)
+    found: list[Rows] = []
+    for x in (scores, target):
+        tag = tag_of(x)
+        if tag is None:
+            continue
+        if not isinstance(tag, Rows):
+            return Unknown(name)
+        each = x is scores or x.is_floating_point()
+        if each and tag.axis == classes:
+            return Coupled(name)  # a softmax over the records
+        found.append(tag.at(tag.axis - (each and tag.axis > classes)))
+    if not found:
+        return Unknown(name)
+    if any(r.axis != found[0].axis or not r.same_owners(found[0]) for r in found) and records != 1:
+        return Coupled(name)
+    return found[0]
 
 
 def norm_layer(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:

@@ -5,6 +5,7 @@ It may pick and place rows of its own record, proven by the owners of what it re
 with, because where a row lies depends on the others.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ _WHOLE = (slice(None), None, Ellipsis)
 _VIEWS = set(
     "to long int clone contiguous detach cpu cuda squeeze view reshape flatten unsqueeze expand expand_as".split()
 )
-_MOVES = set("floordiv floor_divide mod remainder add sub mul div fmod".split())
 CREATES = {"nonzero", "argwhere", "where", "sort", "argsort", "histc", "bincount"}
 
 
@@ -57,18 +57,18 @@ def follow(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     if name == "getitem":
         return _picked(tag_of, records, args[0], args[1], out)
     if name in ("index_select", "index_add", "index_copy", "scatter_add"):
-        x, dim, index = args[:3]
+        x, dim, index, source = _bound(args, kwargs)
         if name == "index_select":
             return _picked(tag_of, records, x, (slice(None),) * (dim % x.dim()) + (index,), out)
         if kwargs.get("alpha", 1) != 1 or not isinstance(tag_of(index), Pointer):
             return Coupled(name)
-        return place(tag_of, records, x, dim % x.dim(), index, args[3])
+        return place(tag_of, records, x, dim % x.dim(), index, source)
     if not isinstance(first, Pointer):
         return Coupled(name)
     if name == "argsort" and _permutes(args[0]) and first.base is not None and first.column is None:
         return Pointer(first.base, first.rows)
-    if name in _MOVES and len(args) == 2 and isinstance(args[1], int):
-        return Pointer(first.rows, None, first.column)
+    if name in ("floordiv", "floor_divide") and len(args) == 2 and first.base is not None:
+        return _coarser(first, args[1])
     if name in _VIEWS and isinstance(out, Tensor):
         if out.dim() == 0 or out.shape[0] != args[0].shape[0] or (first.column is not None and out.dim() != 1):
             return Coupled(name)
@@ -79,6 +79,21 @@ def follow(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, 
     if name == "unbind" and first.column is not None and args[1:] in ((1,), (-1,)):
         return [Pointer(first.rows, first.base) if k == first.column else first.rows for k in range(len(out))]
     return Coupled(name)
+
+
+def _bound(args: Args, kwargs: Kwargs) -> tuple[Any, int, Any, Any]:
+    """(x, dim, index, source), however they were passed."""
+    names = ("input", "dim", "index", "source")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return given["input"], given["dim"], given["index"], given.get("source", given.get("src"))
+
+
+def _coarser(pointer: Pointer, size: Any) -> Tag:
+    """Numbers of blocks of ``size`` rows, if the rows of a record are whole blocks (choices of one token)."""
+    base = pointer.base
+    if type(size) is not int or size < 1 or base is None or base.owner is not None or base.inner % size:
+        return Coupled("floordiv")
+    return Pointer(pointer.rows, replace(base, inner=base.inner // size), pointer.column)
 
 
 def _picked(tag_of: Lookup, records: int, x: Tensor, index: Any, out: Tensor) -> Tag:
@@ -118,6 +133,8 @@ def _picked(tag_of: Lookup, records: int, x: Tensor, index: Any, out: Tensor) ->
     named = owners(own, records, x.device)[items[own.axis]]
     if not isinstance(pick, Pointer) or not torch.equal(named, owners(pick.rows, records, x.device)):
         return Coupled("getitem")
+    if pick.base is None or pick.base.arranged != own.arranged or not pick.base.same_owners(own):
+        return Coupled("getitem")  # numbers of other rows: which of its own a record reads is chance
     found = _regular(pick.rows, records).at(axis)
     return Pointer(found, carried.base) if carried is not None else found
 
@@ -131,7 +148,8 @@ def place(tag_of: Lookup, records: int, x: Tensor, dim: int, index: Tensor, valu
     if layout is None:
         return Coupled("placing rows")
     owner = owners(layout, records, x.device)
-    if owner.numel() != x.shape[dim]:
+    known = pointer.base is not None and pointer.base.arranged == layout.arranged and pointer.base.same_owners(layout)
+    if owner.numel() != x.shape[dim] or not known or (own is None and layout.arranged and not _uniform(x, dim)):
         return Coupled("placing rows")
     numbers = index if index.dim() == 1 else index.select(1, 0)
     if index.dim() > 1 and (dim != 0 or not bool((index == numbers.reshape(-1, *[1] * (index.dim() - 1))).all())):
@@ -174,6 +192,33 @@ def steady(x: Tensor, rows: Rows, ndim: int) -> bool:
     """Whether a constant, broadcast against arranged rows, is the same for each: its place there is others' choice."""
     axis = rows.axis - (ndim - x.dim())
     return axis < 0 or _uniform(x, axis)
+
+
+def indifferent(x: Tensor, size: int) -> bool:
+    """The same of a constant of which only the sizes are known: whichever axis the ``size`` rows may meet."""
+    return all(_uniform(x, k) for k in range(x.dim()) if x.shape[k] == size)
+
+
+def indices(tag_of: Lookup, x: Tensor, index: Any) -> list[Tensor]:
+    """The constant indices of x[index] that may tell its rows apart; that of the rows themselves names their owners."""
+    items = index if isinstance(index, tuple) else (index,)
+    rows, axis, found, own = tag_of(x), 0, [], False
+    for item in items:
+        picks = isinstance(item, Tensor) and item.dim() > 0
+        span = item.dim() if picks and item.dtype == torch.bool else item is not None
+        if item is Ellipsis:
+            axis += x.dim() - sum(i.dim() if _is_mask(i) else i is not None and i is not Ellipsis for i in items)
+            continue
+        here = isinstance(rows, Rows) and axis <= rows.axis < axis + span
+        own |= here and picks
+        if picks and tag_of(item) is None and not (here and item.dim() == 1):
+            found.append(item)
+        axis += span
+    return found if own or rows is None else []
+
+
+def _is_mask(item: object) -> bool:
+    return isinstance(item, Tensor) and item.dtype == torch.bool
 
 
 def _uniform(x: Tensor, axis: int) -> bool:

@@ -135,8 +135,15 @@ def getitem(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs,
 
 def gather(name: str, tag_of: Lookup, records: int, args: Args, kwargs: Kwargs, out: Any) -> Tag:
     """gather / take_along_dim / index_select along an axis that is not the record axis."""
-    x, dim = args[0], args[1] if len(args) > 1 else kwargs["dim"]
-    index = args[2] if len(args) > 2 else kwargs["index"]
+    if name == "take_along_dim":
+        index = args[1] if len(args) > 1 else kwargs["indices"]
+        x, dim = args[0] if args else kwargs["input"], args[2] if len(args) > 2 else kwargs.get("dim")
+        other = [] if dim is None else [k for k in range(x.dim()) if k != dim % x.dim()]
+        if dim is None or x.dim() != index.dim() or any(x.shape[k] != index.shape[k] for k in other):
+            return Unknown(name)  # flattened, or broadcast against each other
+    else:
+        x, dim = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["dim"]
+        index = args[2] if len(args) > 2 else kwargs["index"]
     rows, picks = tag_of(x), tag_of(index)
     dim = dim % x.dim()
     if rows is None and name != "index_select":

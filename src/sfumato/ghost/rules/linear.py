@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from sfumato.errors import CoupledRecords
 from sfumato.ghost import copies, indexing
 from sfumato.ghost.functions import LinearFn
+from sfumato.ghost.propagation import routing
 from sfumato.ghost.rows import Rows
 from sfumato.ghost.rules.elementwise import broadcast
 from sfumato.ghost.rules.table import NoRule, rule
@@ -24,6 +25,8 @@ def _tracked(c: "Capture", *values: object) -> bool:
 @rule("linear")
 def linear(c: "Capture", input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = c.tag(input)
+    if bias is not None and bias.dim() > 1:
+        return c.call(torch.add, c.call(F.linear, input, weight), bias)
     if not isinstance(rows, Rows):
         if rows is None and c.tag(weight) is None and bias is not None:
             return broadcast(c, "add", torch.add, (F.linear(input, weight), bias), {})
@@ -94,6 +97,10 @@ def addmm(c: "Capture", input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: floa
     return out
 
 
+def _size(letter: str, spec: str, x: Tensor) -> int:
+    return x.shape[spec.index(letter)] if letter in spec else -1
+
+
 @rule("einsum")
 def einsum(c: "Capture", *args: Any) -> Tensor:
     parsed = indexing.einsum_letters(args)
@@ -104,7 +111,7 @@ def einsum(c: "Capture", *args: Any) -> Tensor:
     tagged = dict(found)
     if len(tagged) != 1 or any(not r.same_owners(found[0][1]) for _, r in found):
         raise NoRule("einsum", "records on no axis or on two")
-    letter, rows = next(iter(tagged.items()))
+    letter, rows = next(((k, r) for k, r in found if r.arranged), found[0])
     if letter not in output:
         raise CoupledRecords(f"einsum {args[0]!r} sums over the record axis.", where=c.where())
     specs, values = [], []
@@ -115,6 +122,8 @@ def einsum(c: "Capture", *args: Any) -> Tensor:
             else:
                 x = x if letter not in spec else c.derive("squeeze", x, spec.index(letter))
                 spec, x = letter + spec.replace(letter, ""), copies.spread_rows(c, x, rows)
+        elif c.tag(x) is None and rows.arranged and not routing.indifferent(x, _size(letter, spec, x)):
+            raise CoupledRecords("einsum joins constants to arranged rows by their place.", where=c.where())
         specs.append(spec)
         values.append(x)
     return c.tagged(torch.einsum(f"{','.join(specs)}->{output}", *values), rows.at(output.index(letter)))

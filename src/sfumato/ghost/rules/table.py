@@ -6,15 +6,15 @@ from typing import Any
 from torch import Tensor
 
 
-class NoRule(Exception):
-    """Internal: this operation needs a lower tier."""
+class NoRule(BaseException):
+    """Internal: this operation needs a lower tier. No ``except Exception`` of the user's may swallow it."""
 
     def __init__(self, operation: str, why: str):
         super().__init__(f"{operation}: {why}")
         self.operation, self.why = operation, why
 
 
-class Split(Exception):
+class Split(BaseException):
     """Internal: the records decide a branch differently, so each group must run on its own."""
 
     def __init__(self, each: Tensor):

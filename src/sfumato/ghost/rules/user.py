@@ -144,7 +144,10 @@ class _UserFn(Function):
     def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(anchor, *tensors)
+        versions = [t._version for t in tensors]
         out = call.run(tensors)
+        if [t._version for t in tensors] != versions:
+            raise NoRule("a rule of the user", "the operation writes into its arguments")
         if not isinstance(out, Tensor) or out.dim() == 0 or out.shape[0] != call.records:
             raise NoRule("a rule of the user", "its output is not one tensor with a row for each record")
         return out

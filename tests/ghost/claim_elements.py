@@ -41,7 +41,7 @@ for name in "add sub mul div rsub eq ne lt gt le ge maximum minimum fmod remaind
         wary=[] if "pow" in name else [lambda x, y, f=name: getattr(torch, f)(x, other=y)],
     )
 for name, op in {
-    "radd": lambda x, y: y.__radd__(x), "rmul": lambda x, y: x.__rmul__(y), "rsub": lambda x, y: x.__rsub__(y), "mod": lambda x, y: x.__mod__(y), "truediv": lambda x, y: x.__truediv__(y), "floordiv": lambda x, y: (x * 9).__floordiv__(y), "rpow": lambda x, y: x.__rpow__(y),
+    "radd": lambda x, y: y.__radd__(x), "rmul": lambda x, y: x.__rmul__(y), "rsub": lambda x, y: x.__rsub__(y), "mod": lambda x, y: x.__mod__(y), "truediv": lambda x, y: x.__truediv__(y), "floordiv": lambda x, y: (x * 9).__floordiv__(y), "rdiv": lambda x, y: 2 / (x + y), "rfloordiv": lambda x, y: 9 // (x + y), "rmod": lambda x, y: 9 % (x + y), "rpow": lambda x, y: x.__rpow__(y),
     "iadd": lambda x, y: x.clone().__iadd__(y.reshape(-1)[0] * 0 + 1), "isub": lambda x, y: x.clone().__isub__(1.0), "imul": lambda x, y: x.clone().__imul__(2.0), "itruediv": lambda x, y: x.clone().__itruediv__(2.0),
 }.items():  # fmt: skip
     case({"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "mod": "remainder", "rmul": "mul", "radd": "add", "truediv": "div"}.get(name, name), "ab/p ab/p", op)

@@ -32,7 +32,7 @@ _POINTWISE = set(
     "remainder iadd isub imul itruediv ne eq lt gt le ge and or xor invert neg abs pow rpow rtruediv radd rmul clip "
     "normal uniform feature_alpha_dropout dropout1d dropout2d dropout3d real imag polar complex conj "
     "resolve_conj resolve_neg isclose multiply divide subtract negative absolute greater greater_equal less less_equal "
-    "not_equal log_sigmoid".split()
+    "not_equal log_sigmoid rdiv rfloordiv rmod".split()
 )
 
 

@@ -89,6 +89,41 @@ def test_it_sees_what_the_capture_is_blind_to() -> None:
     assert released(training(Hides(blind), check_first_batch=False))
 
 
+class Gated(Hides):
+    """What mixes is multiplied by zeros before training."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]):
+        super().__init__(mix)
+        self.gate = nn.Linear(6, 6)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encode(x)
+        return self.decode(h + self.gate(h) * self.mix(h))
+
+
+def test_zeros_do_not_hide_a_mixing_branch() -> None:
+    def blind(h: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            shift = h.detach().mean(0)
+        return h - shift
+
+    with pytest.raises(sf.errors.CoupledRecords):
+        released(training(Gated(blind)))
+    w = training(Gated(lambda h: h))
+    with torch.no_grad():
+        w.model.gate.weight[0, 0] = -0.0
+    before = copy.deepcopy(w.model.state_dict())
+    versions = [p._version for p in w.model.parameters()]
+    for x, y in w.loader:
+        F.cross_entropy(w.model(x), y)
+        break
+    assert [p._version for p in w.model.parameters()] == versions
+    for n, value in w.model.state_dict().items():
+        assert torch.equal(value.view(torch.int32), before[n].view(torch.int32))
+
+
 def test_a_second_try_is_refused_as_well() -> None:
     def blind(h: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():

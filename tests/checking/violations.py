@@ -361,7 +361,7 @@ VIOLATIONS: dict[str, Case] = {
     ),
     "a queue of negatives": Case(Hidden, Queue(), where="criterion.queue"),
     "noise, and divided by the root of the batch size": Case(
-        lambda: Hidden(lambda h: (h + 0.1 * torch.randn_like(h)) / len(h) ** 0.5), where="criterion"
+        lambda: Hidden(lambda h: (h + 0.1 * torch.randn_like(h)) / len(h) ** 0.5), where="Hidden"
     ),
     "noise, and a sum declared a mean": Case(
         lambda: Hidden(lambda h: h + 0.1 * torch.randn(h.shape)),

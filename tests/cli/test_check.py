@@ -33,6 +33,16 @@ def single():
 def broken():
     raise RuntimeError("no such file")
 
+def leaves():
+    raise SystemExit(0)
+
+class Leaves(nn.Linear):
+    def forward(self, x):
+        raise SystemExit(7)
+
+def leaves_in_forward():
+    return Leaves(4, 3), nn.CrossEntropyLoss(), vectors()
+
 def pair():
     return nn.Linear(4, 3), vectors()
 
@@ -43,6 +53,7 @@ NUMBER = 3
 @pytest.fixture(autouse=True)
 def _factories(sfumato: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_code.py").write_text(CODE)
+    (tmp_path / "their_script.py").write_text("import sys\ndef make(): ...\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(__import__("sys").modules, "their_code", raising=False)
 
@@ -80,6 +91,9 @@ def test_the_reduction_is_passed_on(sfumato: Run) -> None:
         (["their_code:missing"], "missing"),
         (["their_code:NUMBER"], "not callable"),
         (["their_code:broken"], "no such file"),
+        (["their_code:leaves"], "sys.exit(0)"),
+        (["their_code:leaves_in_forward"], "sys.exit(7)"),
+        (["their_script:make"], "sys.exit(0)"),
         (["their_code:pair"], "(model, criterion, batch)"),
         (["their_code:single"], "2 records"),
         (["their_code:sound", "--loss-reduction", "median"], "--loss-reduction"),
@@ -88,6 +102,14 @@ def test_the_reduction_is_passed_on(sfumato: Run) -> None:
 )
 def test_bad_usage_exits_with_2(sfumato: Run, arguments: list[str], says: str) -> None:
     assert says in sfumato("check", *arguments).failed(2)
+
+
+@pytest.mark.parametrize("factory", ["their_code:leaves", "their_code:leaves_in_forward", "their_script:make"])
+def test_a_process_that_ends_itself_is_an_error_for_programs(sfumato: Run, factory: str) -> None:
+    ran = sfumato("check", factory, "--json")
+    assert ran.code == 2
+    assert ran.json["ok"] is False
+    assert "sys.exit" in ran.json["error"]
 
 
 def test_help(sfumato: Run) -> None:

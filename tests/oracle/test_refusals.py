@@ -462,3 +462,11 @@ def test_scripted_layer():
     model = net(lambda s, x: s.h(s.j(x)), j=torch.jit.script(layer))
     plain = net(lambda s, x: s.h(s.j(x)), j=layer)
     exact_or_refused(model, plain, R(B, 5).double())
+
+
+def test_an_error_names_the_module_by_its_path():
+    inner = nn.Sequential(nn.Linear(5, 5), Net(lambda s, x: s.l(x - x.mean(0)), l=nn.Linear(5, 2)))
+    model = nn.Sequential(nn.Identity(), inner)
+    with pytest.raises(sf.errors.CoupledRecords) as caught, sf.record(model):
+        model(R(B, 5))
+    assert caught.value.where == "1.1.l"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from sfumato.checking import sketch
-from sfumato.checking.independence import Verdict
+from sfumato.checking.independence import Verdict, rounding
 from sfumato.checking.report import Problem, Remark
 from sfumato.checking.subject import Subject
 from sfumato.errors import CoupledRecords, SfumatoError
@@ -53,7 +53,7 @@ def _own_loss_is_spare(s: Subject) -> bool:
 
 
 def _run(s: Subject, v: Verdict, batch_dim: int) -> Engine:
-    found = Engine()
+    found, problem = Engine(), None
     tape = record(s.model, loss_reduction="mean" if s.reduction == "mean" else "sum", batch_dim=batch_dim)
     try:
         with s.quiet():
@@ -64,11 +64,13 @@ def _run(s: Subject, v: Verdict, batch_dim: int) -> Engine:
             found.coverage = {n: t if n in v.together else "unused" for n, t in tape.tiers.items()}
             found.remarks = _remarks(s, found.coverage, tape.reasons)
             if loss.requires_grad and v.movement is None:
-                found.problem = _disagreement(s, v, tape, found.coverage)
+                problem = _disagreement(s, v, tape, found.coverage)
     except SfumatoError as error:
         found.refusal, found.coverage = error, {}
     except Exception as error:  # noqa: BLE001  (a report, not a crash, whatever fails under the capture)
         found.problem, found.coverage = _broken(s, error), {}
+    if problem is not None and (v.random or not rounding(s, v, None)):
+        found.problem = problem
     return found
 
 

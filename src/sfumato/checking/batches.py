@@ -63,8 +63,9 @@ class Records:
 
         def tensor(t: Tensor, path: str) -> Tensor:
             if path not in self.axes:
-                return t.clone()
-            return t.index_select(self.axes[path], torch.tensor(index, device=t.device))
+                return t.detach().clone().requires_grad_(t.requires_grad)
+            taken = t.detach().index_select(self.axes[path], torch.tensor(index, device=t.device))
+            return taken.requires_grad_(t.requires_grad)
 
         def items(values: list[Any]) -> list[Any]:
             return [copy.copy(values[i]) for i in index] if _for_each_record(values, self.count) else values
@@ -73,9 +74,19 @@ class Records:
 
     def cast(self, dtype: torch.dtype) -> "Records":
         """Floating-point members in another precision."""
-        value = substitute(self.value, lambda t, _: t.to(dtype) if t.is_floating_point() else t, lambda v: v)
+        value = substitute(self.value, lambda t, _: _cast(t, dtype), lambda v: v)
         of = None if self.of is None else (self.of[0].cast(dtype), self.of[1])
         return Records(value, self.count, self.axes, of)
+
+    @property
+    def coincidental(self) -> list[str]:
+        """Paths of inputs that may only happen to have as many rows as there are records: not the first, no target."""
+        targets = {p for p in self.axes if self._target(p)}
+        return [p for p in list(self.axes)[1:] if p not in targets]
+
+    def _target(self, path: str) -> bool:
+        head = path.split(".", 1)[0]
+        return head in TARGETS if isinstance(self.value, Mapping) else head == str(_last(self.value))
 
     @property
     def floating(self) -> list[str]:
@@ -83,14 +94,16 @@ class Records:
         paths = []
 
         def look(t: Tensor, path: str) -> Tensor:
-            head = path.split(".", 1)[0]
-            target = head in TARGETS if isinstance(self.value, Mapping) else head == str(_last(self.value))
-            if t.is_floating_point() and path in self.axes and not target and not _mask(t):
+            if t.is_floating_point() and path in self.axes and not self._target(path) and not _mask(t):
                 paths.append(path)
             return t
 
         substitute(self.value, look, lambda v: v)
         return paths
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
 
 
 def _last(value: Any) -> int:
@@ -157,7 +170,7 @@ def read(batch: Any, batch_dim: int, most: int | None = None) -> Records:
 
 
 def _diverse(records: Records, most: int) -> list[int]:
-    """Records of as many kinds as there are (labels, lengths of masks), then the first of the others."""
+    """Records of several kinds (labels, lengths of masks), two of each if possible, then the first of the others."""
     kinds: list[tuple[float, ...]] = [()] * records.count
 
     def look(t: Tensor, path: str) -> Tensor:
@@ -173,9 +186,14 @@ def _diverse(records: Records, most: int) -> list[int]:
     seen: dict[tuple[float, ...], int] = {}
     for i, kind in enumerate(kinds):
         seen.setdefault(kind, i)
-    chosen = list(seen.values())[:most]
-    chosen += [i for i in range(records.count) if i not in chosen][: most - len(chosen)]
-    return sorted(chosen)
+    chosen = list(seen.values())[: max(1, most // 2) if len(seen) < records.count else most]
+    picked = {kinds[i] for i in chosen}
+    rest = [i for i in range(records.count) if i not in chosen]
+    rest.sort(key=lambda i: kinds[i] not in picked)  # pairs of a kind: a loss may join only records of one label
+    second = {kinds[i]: i for i in reversed(rest) if kinds[i] in picked}
+    chosen += list(second.values())[: most - len(chosen)]
+    chosen += [i for i in [*seen.values(), *rest] if i not in chosen][: most - len(chosen)]
+    return sorted(dict.fromkeys(chosen))
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,10 @@ class Pool:
 
     def take(self, rows: Sequence[int]) -> Any:
         return self.records.take(rows)
+
+    def first(self, n: int) -> Records:
+        """The records as they are."""
+        return Records(self.records.take(range(n)), n, self.records.axes)
 
     def shifted(self, i: int) -> int:
         return self.n + i
@@ -205,7 +227,7 @@ def pool(records: Records) -> Pool:
     def grown(t: Tensor, path: str) -> Tensor:
         if path not in records.axes:
             return t
-        x = t.movedim(records.axes[path], 0)
+        x = t.detach().movedim(records.axes[path], 0)
         first = x[:1]
         if path in free:
             noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -213,7 +235,7 @@ def pool(records: Records) -> Pool:
             extremes = [10 * first, 1000 * first, 0 * first]
         else:
             moved, extremes = x, [first] * 3
-        return torch.cat([x, moved, *extremes]).movedim(0, records.axes[path])
+        return torch.cat([x, moved, *extremes]).movedim(0, records.axes[path]).requires_grad_(t.requires_grad)
 
     def items(values: list[Any]) -> list[Any]:
         return values * 2 + values[:1] * 3 if _for_each_record(values, n) else values

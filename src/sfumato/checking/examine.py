@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sfumato import _validate
 from sfumato.checking import agreement, carried, explain, independence
 from sfumato.checking.batches import read
 from sfumato.checking.calling import Criterion
+from sfumato.checking.independence import Verdict
+from sfumato.checking.outputs import judge_criterion
 from sfumato.checking.report import Problem, Remark, Report
 from sfumato.checking.subject import Subject, subject
 from sfumato.engine import refuse_module
@@ -61,9 +64,18 @@ def check(
     most = max(2, _validate.count("max_records", max_records))
     if sum(p.numel() for p in model.parameters()) > _LARGE:
         most = min(most, 4)
+    with torch.inference_mode(False):
+        return _report(model, criterion, batch, loss_reduction, batch_dim, most)
+
+
+def _report(
+    model: nn.Module, criterion: Criterion, batch: Any, loss_reduction: str, batch_dim: int, most: int
+) -> Report:
     records = read(batch, batch_dim, most)
     report = Report(records=records.count, of_records=records.count if records.of is None else records.of[0].count)
-    report.problems += _known(model, batch)
+    for problem in _known(model, batch):
+        _add(report, problem)
+    report.remarks += _hooks(model)
     try:
         s, put_back = subject(model, criterion, records, loss_reduction)
     except SfumatoError as error:
@@ -82,13 +94,7 @@ def check(
 def _examine(report: Report, s: Subject, criterion: Criterion, model: nn.Module, batch_dim: int) -> None:
     if outside := _outside(s, model):
         report.problems.append(outside)
-    v = independence.judge(s, batch_dim)
-    if not v.reproducible:
-        report.problems.append(explain.unreproducible())
-    if not v.judged:
-        report.remarks.append(
-            Remark("", "The model draws more or fewer random numbers for other records, so rows could not be compared.")
-        )
+    v, s = _judged(report, s, batch_dim)
     native = explain.from_movement(s, v, v.movement, criterion) if v.movement is not None else None
     state = carried.state(s) if v.reproducible else []
     engine = agreement.compare(s, v, batch_dim)
@@ -105,6 +111,8 @@ def _examine(report: Report, s: Subject, criterion: Criterion, model: nn.Module,
             _add(report, explain.refused(s, engine.refusal))
     elif engine.problem is not None and native is None:
         report.problems.append(engine.problem)
+    if v.reproducible and not report.problems and (later := _elsewhere(s, batch_dim, criterion)):
+        _add(report, later)
     if v.fails_alone is not None and v.movement is None:
         report.problems.append(_fails_alone(model, v.fails_alone))
     if not any(m.training for m in model.modules()):
@@ -113,6 +121,85 @@ def _examine(report: Report, s: Subject, criterion: Criterion, model: nn.Module,
                 "", "The model is in eval() mode and was checked so; call train() first if you train it in that mode."
             )
         )
+
+
+def _judged(report: Report, s: Subject, batch_dim: int) -> tuple[Verdict, Subject]:
+    """By plain autograd: the verdict, and the subject it is of."""
+    v = independence.judge(s, batch_dim)
+    if v.finite is not None:
+        v, s = _finite(report, s, v, batch_dim)
+    if v.movement is None and v.reproducible:
+        v.movement = judge_criterion(s, v)
+    if not v.reproducible:
+        report.problems.append(explain.unreproducible())
+    elif v.movement is None and not v.compared:
+        report.problems.append(explain.unjudged())
+    if v.movement is not None and (held := _held(s, batch_dim)):
+        report.remarks.append(held[0])
+        v = held[1]
+    report.remarks += _limits(v)
+    return v, s
+
+
+def _finite(report: Report, s: Subject, v: Verdict, batch_dim: int) -> tuple[Verdict, Subject]:
+    """Again with the records whose gradients are finite."""
+    assert v.finite is not None
+    report.remarks.append(
+        Remark("batch", f"The gradient of {s.n - len(v.finite)} of {s.n} records is not finite; they were left out.")
+    )
+    if len(v.finite) < 2:
+        return v, s
+    again = s.of(v.finite)
+    return independence.judge(again, batch_dim), again
+
+
+def _held(s: Subject, batch_dim: int) -> tuple[Remark, Verdict] | None:
+    """An input that only happens to have as many rows as there are records: with it held constant nothing moves."""
+    for path in s.pool.records.coincidental:
+        try:
+            again = s.of(range(s.n), constant=path)
+            v = independence.judge(again, batch_dim)
+            v.movement = v.movement or judge_criterion(again, v)
+        except Exception:  # noqa: BLE001, S112  (it does hold records)
+            continue
+        if v.movement is None and v.reproducible and v.compared and v.fails_alone is None:
+            words = (
+                "has as many rows as the batch has records, and was taken for the same for all records: nothing moves "
+                "then. Make it a buffer, or expand it to one for each record: the engine may take it for records."
+            )
+            return Remark(path, words), v
+    return None
+
+
+def _limits(v: Verdict) -> list[Remark]:
+    said = []
+    if not v.judged:
+        said.append("The model draws more or fewer random numbers for other records, so rows could not be compared.")
+    if v.random and not v.sized and v.movement is None:
+        said.append("The model draws random numbers of its own, so it was not run on batches of different sizes.")
+    if not v.steady:
+        said.append("Rounding errors are amplified in this model, so batches of different sizes were not compared.")
+    return [Remark("", words) for words in said]
+
+
+def _elsewhere(s: Subject, batch_dim: int, criterion: Criterion) -> Problem | None:
+    """The same at other weights: at zeros (a last layer before training) much does not show."""
+    s.shift_weights(0.02, least=0.02)
+    try:
+        s.first = s.run(range(s.n), state=True)
+        v = independence.judge(s, batch_dim, quick=True)
+        if v.movement is None and v.reproducible:
+            v.movement = judge_criterion(s, v, whole=False)
+        return explain.from_movement(s, v, v.movement, criterion) if v.movement and v.reproducible else None
+    except Exception:  # noqa: BLE001  (weights that the user's code was never meant for)
+        return None
+
+
+def _hooks(model: nn.Module) -> list[Remark]:
+    held = [n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks]
+    if not held:
+        return []
+    return [Remark(", ".join(held[:3]), "has gradient hooks, which do not run in private training.")]
 
 
 def _add(report: Report, problem: Problem) -> None:
@@ -154,7 +241,8 @@ def _outside(s: Subject, model: nn.Module) -> Problem | None:
     """Trainable tensors that the loss reaches but the model does not own: nobody would clip their gradients."""
     theirs = {id(p) for p in s.criterion.parameters()} if isinstance(s.criterion, nn.Module) else set()
     users, foreign = {id(p) for p in model.parameters()}, s.first.foreign
-    if not foreign:
+    scripted = any(isinstance(m, torch.jit.ScriptModule) and list(m.parameters()) for m in model.modules())
+    if not foreign or scripted:  # parameters of a scripted module are the engine's to refuse
         return None
     if any(id(t) in users for t in foreign):
         return Problem(

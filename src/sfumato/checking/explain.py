@@ -52,7 +52,7 @@ def from_movement(s: Subject, v: Verdict, m: Movement, criterion: Any) -> Proble
         return _forward(s, m)
     if (wrong := _reduction(s, m)) is not None:
         return wrong
-    if v.random or criterion_mixes(s, m, v.axes):
+    if m.criterion or v.random or criterion_mixes(s, m, v.axes):
         return _loss(s, m, criterion)
     return Problem(
         m.parameters[0],
@@ -66,7 +66,11 @@ def from_movement(s: Subject, v: Verdict, m: Movement, criterion: Any) -> Proble
 
 
 def _forward(s: Subject, m: Movement) -> Problem:
-    name = first_mixing(s, m)
+    s.constant = m.constant
+    try:
+        name = first_mixing(s, m)
+    finally:
+        s.constant = False
     module = s.model.get_submodule(name) if name else s.model
     kind = type(module).__name__
     where = name or kind
@@ -137,6 +141,18 @@ def unreproducible() -> Problem:
         "The model keeps something outside of itself from one batch to the next, or draws random numbers that no seed "
         "controls. Whether records are independent cannot be seen then, and what is kept may be private.",
         "keep no global state in the forward, and draw random numbers with torch only.",
+    )
+
+
+def unjudged() -> Problem:
+    """Not one comparison took place."""
+    return Problem(
+        "model",
+        "Whether records are independent could not be judged: no two gradients of this batch could be compared (they "
+        "are not finite, or every run draws other random numbers).",
+        WHY,
+        "use a batch and weights for which loss and gradients are finite, draw random numbers with torch, as many for "
+        "each batch of one size, and pass the criterion apart from the model.",
     )
 
 

@@ -68,3 +68,17 @@ def _close(x: Tensor, y: Tensor, tol: float) -> bool:
     x, y = (torch.where(t.isfinite(), t, torch.zeros_like(t)) for t in (x, y))
     scale = torch.maximum(x.abs().amax(1, keepdim=True), 1e-3 * x.abs().max()) if x.numel() else x
     return same_holes and bool(((x - y).abs() <= tol * scale + 1e-300).all())
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor], axes: dict[str, int], n: int, i: int) -> float:
+    """How far record i of the first run is from the second run, which holds it alone; relative to its largest value."""
+    most = 0.0
+    for path, axis in axes.items():
+        x, y = a[path].movedim(axis, 0), b[path].movedim(axis, 0) if path in b else a[path][:0]
+        if len(x) == 0 or len(y) * n != len(x) or x.shape[1:] != y.shape[1:]:
+            continue
+        y = y.double().flatten().nan_to_num(0, 0, 0)
+        rows = [_by_record(x, n, inner)[i].double().nan_to_num(0, 0, 0) for inner in (False, True)]
+        largest = float(y.abs().max()) if y.numel() else 0.0
+        most = max(most, min(float((r - y).abs().max()) for r in rows) / largest if largest else 0.0)
+    return most

@@ -5,8 +5,9 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ _WITH_DROPOUT: dict[Callable[..., Any], tuple[str, int]] = {
         list(inspect.signature(F.multi_head_attention_forward).parameters).index("dropout_p"),
     ),
 }
-_DROPPING_LAYER = re.compile("droppath|drop_path|stochasticdepth", re.IGNORECASE)
+_DROPPING_LAYER = re.compile(r"\w{0,12}?(Drop_?Path|StochasticDepth)\d?d?", re.IGNORECASE)
+_DROPOUT_LAYERS = {
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+}  # fmt: skip
 
 
 class _NoDropout(TorchFunctionMode):
@@ -49,13 +53,19 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _drops_paths(m: nn.Module) -> bool:
+    """By name, and with nothing inside: a block that is named after what it does is judged as it is."""
+    empty = not (m._modules or m._parameters or m._buffers)
+    return empty and _DROPPING_LAYER.fullmatch(type(m).__name__) is not None
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout is drawn anew for each shape of batch, and harmless: it must not stand in the way of a comparison."""
     flags, rates = [], []
     for m in model.modules():
-        if isinstance(m, nn.modules.dropout._DropoutNd) or _DROPPING_LAYER.search(type(m).__name__):
-            flags += [(c, c.training) for c in m.modules()]
+        if type(m) in _DROPOUT_LAYERS or _drops_paths(m):
+            flags.append((m, m.training))
         elif isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
             rates.append((m, m.dropout))
     try:
@@ -72,36 +82,80 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             m.dropout = rate
 
 
-class Constant(TorchFunctionMode):
+class Constant(TorchDispatchMode):
     """Random numbers that are the same for every element: another one at each call, whatever the shape.
 
     So a model that draws noise can be compared between batches of different sizes.
     """
 
-    _UNIFORM = frozenset({torch.rand, torch.rand_like, Tensor.uniform_})
-    _NORMAL = frozenset({torch.randn, torch.randn_like, Tensor.normal_})
-    _COIN = frozenset({torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_})
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        name, overload = func._schema.name.removeprefix("aten::"), func._schema.overload_name  # type: ignore[attr-defined]
+        if name.startswith("rrelu_with_noise") and not name.endswith("backward"):
+            x, noise, lower, upper = (*args[:2], *(*args[2:4], 1 / 8, 1 / 3)[:2])
+            noise.data.copy_(torch.where(x <= 0, (lower + upper) / 2, 1.0))
+            return x.mul_(noise) if name.endswith("_") else x * noise
         out = func(*args, **(kwargs or {}))
-        if not isinstance(out, Tensor) or func not in self._UNIFORM | self._NORMAL | self._COIN:
+        if name not in _DRAWS or not isinstance(out, Tensor):
             return out
+        if name == "randperm":
+            return torch.arange(len(out), out=out)
         self.calls += 1
-        value = (0.5 + 0.618 * self.calls) % 1
         with torch.no_grad():
-            if func in self._UNIFORM:
-                spread = func is Tensor.uniform_ and len(args) > 2
-                return out.fill_(args[1] + (args[2] - args[1]) * value if spread else value)
-            if func in self._NORMAL:
-                return out.fill_(value - 0.5)
-            share = args[0] if func is not Tensor.bernoulli_ else (args[1] if len(args) > 1 else 0.5)
-            return out.copy_((torch.as_tensor(share) > value).to(out).expand_as(out))
+            return out.copy_(_drawn(name, overload, args, (0.5 + 0.618 * self.calls) % 1, out))
+
+
+_UNIFORM, _NORMAL = {"rand", "rand_like", "uniform_"}, {"randn", "randn_like", "normal_", "normal", "cauchy_"}
+_COIN, _POSITIVE = {"bernoulli", "bernoulli_"}, {"exponential_", "log_normal_", "geometric_"}
+_WHOLE = {"randint", "randint_like", "random_"}
+_DRAWS = _UNIFORM | _NORMAL | _COIN | _POSITIVE | _WHOLE | {"randperm"}
+
+
+def _drawn(name: str, overload: str, args: tuple[Any, ...], value: float, out: Tensor) -> Tensor:
+    """A number that could have been drawn; a tensor where the distribution is another one for each element."""
+    if name in _COIN:
+        share = args[0] if name == "bernoulli" and len(args) < 2 else args[1] if len(args) > 1 else 0.5
+        return (torch.as_tensor(share) > value).to(out).expand_as(out)
+    number: Any = value - 0.5 if name in _NORMAL else value
+    if name == "normal":
+        number = args[0] + number * (args[1] if len(args) > 1 else 1.0)
+    elif name in _POSITIVE:
+        number = 1.0 if name == "geometric_" else value + 0.2
+    elif name == "uniform_" and len(args) > 2:
+        number = args[1] + (args[2] - args[1]) * value
+    elif name in _WHOLE:
+        bounds = [a for a in args if isinstance(a, int)]
+        low, high = (bounds[0], bounds[1]) if len(bounds) > 1 else (0, bounds[0] if bounds else 1)
+        number = low + int(value * (high - low))
+    return torch.as_tensor(number).to(out).expand_as(out)
+
+
+_NUMPY = ("rand", "randn", "random", "random_sample", "standard_normal", "normal", "uniform")
+
+
+@contextmanager
+def constant_numpy() -> Iterator[None]:
+    """The same for numpy's global generator."""
+
+    def shaped(name: str) -> Callable[..., Any]:
+        def draw(*args: Any, size: Any = None, **_: Any) -> Any:
+            if name in ("rand", "randn"):
+                size = args
+            elif size is None and args:
+                size = args[2] if len(args) > 2 else args[0] if len(args) == 1 else None
+            return 0.37 if size is None or size == () else np.full(size, 0.37)
+
+        return draw
+
+    with ExitStack() as stack:
+        for name in _NUMPY:
+            stack.enter_context(patch.object(np.random, name, shaped(name)))
+        yield
 
 
 def seed_everything(seed: int) -> None:

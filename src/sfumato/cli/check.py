@@ -43,7 +43,10 @@ def run(options: Namespace, argv: Sequence[str]) -> Result:
     model, criterion, batch = _made(options.factory)
     from ..checking import check
 
-    report = check(model, criterion, batch, loss_reduction=options.loss_reduction, batch_dim=options.batch_dim)
+    try:
+        report = check(model, criterion, batch, loss_reduction=options.loss_reduction, batch_dim=options.batch_dim)
+    except SystemExit as stop:  # a forward that ends the process: its exit code is not the answer
+        raise ConfigurationError(f"{options.factory}: the model or the criterion called {_exit(stop)}") from stop
     return Result(report.to_dict(), str(report), ok=report.ok)
 
 
@@ -56,6 +59,8 @@ def _made(spec: str) -> tuple[Any, Any, Any]:
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
         made = factory()
+    except SystemExit as stop:  # a script without an `if __name__ == "__main__"` guard
+        raise ConfigurationError(f"{spec} called {_exit(stop)} when it was imported or called") from stop
     except Exception as error:  # the user's own code: any failure is theirs to read, in one line
         raise ConfigurationError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if isinstance(made, Mapping) and set(made) == set(_KEYS):
@@ -63,3 +68,7 @@ def _made(spec: str) -> tuple[Any, Any, Any]:
     if not isinstance(made, (tuple, list)) or len(made) != len(_KEYS):
         raise ConfigurationError(f"{spec} returned a {type(made).__name__}, not (model, criterion, batch)")
     return made[0], made[1], made[2]
+
+
+def _exit(stop: SystemExit) -> str:
+    return f"sys.exit({'' if stop.code is None else stop.code!r})"

@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BudgetExceeded, PrivacyError) as error:
         return _fail(name, _text(error), FAILED)
     except (SfumatoError, OSError) as error:
+        if options[options.command].json and isinstance(error.__cause__, SystemExit):  # the user's code ended it
+            print(json.dumps({"ok": False, "error": _text(error)}))
         return _fail(name, _text(error), USAGE)
     except KeyboardInterrupt as error:
         return _fail(name, "interrupted. " + _text(error), FAILED)

@@ -192,7 +192,7 @@ class Capture(TorchFunctionMode):
         return None
 
     def where(self) -> str:
-        return ".".join(p for p in self.path if p) or type(self.module).__name__
+        return next((p for p in reversed(self.path) if p), type(self.module).__name__)
 
     # -- operations -----------------------------------------------------------------------------------------------
 

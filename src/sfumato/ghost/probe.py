@@ -7,7 +7,8 @@ stayed must come out as before. A few forward passes, once, and nothing of them 
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,9 @@ def probe(
             with kept_randomness(), torch.no_grad():
                 run = _Runner(c, forward, args, kwargs, {id(t): t for t in slots}, axes)
                 moved = _moved(run, c.records)
+                if moved is None:
+                    with _without_zeros(module) as changed:
+                        moved = _moved(run, c.records) if changed else None
         finally:
             c.suspended, c.prober = before, None
         if moved is None:
@@ -72,6 +76,25 @@ def probe(
             fix="sf.check(model, criterion, batch) names the place; compute it for each record on its own, and keep "
             "nothing from one batch to the next.",
         )
+
+
+@contextmanager
+def _without_zeros(module: nn.Module) -> Iterator[bool]:
+    """Small numbers in parameters that are zero throughout (a last layer before training), which hide what they
+    multiply; put back exactly. Whether there were any.
+    """
+    kept = [
+        (p.data, p.data.clone())
+        for p in module.parameters()
+        if p.is_floating_point() and type(p) is nn.Parameter and p.numel() and not bool(p.data.any())
+    ]
+    try:
+        for k, (p, _) in enumerate(kept):
+            p.copy_(0.05 * torch.sin(1.0 + k + torch.arange(p.numel(), device=p.device)).reshape(p.shape))
+        yield bool(kept)
+    finally:
+        for p, before in kept:
+            p.copy_(before)
 
 
 class _Runner:

@@ -108,12 +108,14 @@ class State:
         if id(value) in self._seen or depth == 0 or isinstance(value, type):
             return
         self._seen[id(value)] = value
+        if self.far and isinstance(value, types.FunctionType):
+            depth = min(depth, _FAR_DEPTH)
         if isinstance(value, Tensor):
             if parameters or not isinstance(value, nn.Parameter):
                 self._tensor(value, path)
         elif isinstance(value, np.ndarray):
             self._array(value, path)
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom):
             self.leaves[path] = _position(value)
             self.generators.append(value)
             self._undo.append(_rewind(value))
@@ -122,6 +124,10 @@ class State:
                 below = path if key in _INTERNAL else f"{path}.{key}" if path else str(key)
                 self._visit(item, below, depth - 1, parameters)
 
+    @property
+    def _most(self) -> int:
+        return _FAR_ENTRIES if self.far else _ENTRIES
+
     def _members(self, value: Any) -> list[tuple[str, Any]]:
         """What is inside a container or object; arranges for the container itself to be put back."""
         if isinstance(value, (types.FunctionType, types.MethodType)):
@@ -129,13 +135,13 @@ class State:
         if isinstance(value, (tuple, frozenset, set)):
             if isinstance(value, set):
                 self._undo.append(_reset(value, set(value)))
-            return [(str(k), v) for k, v in enumerate(value)] if len(value) <= _ENTRIES else []
+            return [(str(k), v) for k, v in enumerate(value)] if len(value) <= self._most else []
         if isinstance(value, (list, deque)):
             self._undo.append(_refill(value, list(value)))
-            return [(str(k), v) for k, v in enumerate(value)] if len(value) <= _ENTRIES else []
+            return [(str(k), v) for k, v in enumerate(value)] if len(value) <= self._most else []
         if isinstance(value, dict):
             self._undo.append(_redict(value, dict(value)))
-            return [(str(k), v) for k, v in value.items()] if len(value) <= _ENTRIES else []
+            return [(str(k), v) for k, v in value.items()] if len(value) <= self._most else []
         if not isinstance(value, nn.Module) and not _users(value):
             return [(k, v) for k, v in vars(value).items()] if hasattr(value, "func") and hasattr(value, "args") else []
         return [*self._attributes(value), *self._slots(value), *self._of_class(value)]
@@ -151,7 +157,8 @@ class State:
             if key in _HOOKS and isinstance(hooks, dict):
                 self._undo.append(_redict(hooks, dict(hooks)))
                 if key in _RUN_HOOKS:
-                    found += [(key.strip("_"), inside) for hook in hooks.values() for inside in self._hook(hook)]
+                    inside = [v for hook in hooks.values() for v in self._hook(hook)]
+                    found += [(f"{key.strip('_')}.{k}", v) for k, v in enumerate(inside)]
         return found
 
     def _hook(self, hook: Any) -> list[Any]:
@@ -160,7 +167,7 @@ class State:
             return []
         if not isinstance(hook, types.FunctionType):
             return [hook.__self__] if isinstance(hook, types.MethodType) else [hook]
-        return [v for _, v in (*self._closure(hook), *_referred(hook)) if not isinstance(v, _SCALARS)]
+        return [v for _, v in (*self._closure(hook, far=True), *_referred(hook)) if not isinstance(v, _SCALARS)]
 
     def _slots(self, value: Any) -> list[tuple[str, Any]]:
         found = []
@@ -183,10 +190,10 @@ class State:
             for name, kept in vars(kind).items():
                 if not name.startswith("__") and isinstance(kept, _VALUES) and not isinstance(kept, str):
                     self._undo.append(_reattribute(kind, name, kept))
-                    found.append((name, kept))
+                    found.append((f"{kind.__name__}.{name}", kept))
         return found
 
-    def _closure(self, value: Any) -> list[tuple[str, Any]]:
+    def _closure(self, value: Any, far: bool = False) -> list[tuple[str, Any]]:
         if isinstance(value, types.MethodType):
             return [("", value.__self__)] if isinstance(value.__self__, nn.Module) or self.far else []
         found = _referred(value) if self.far else []
@@ -196,12 +203,14 @@ class State:
             except ValueError:  # not filled yet
                 continue
             # Into arbitrary objects only to put them back: a closure may hold a data set, or a meter for the losses.
-            if self.far or isinstance(inside, (*_SCALARS, Tensor, nn.Module, list, dict, deque, *_GENERATORS)):
+            if self.far or far or isinstance(inside, (*_SCALARS, Tensor, nn.Module, list, dict, deque, *_GENERATORS)):
                 self._undo.append(_recell(cell, inside))
                 found.append((name, inside))
         return found
 
     def _tensor(self, value: Tensor, path: str) -> None:
+        if self.far and value.numel() > _FAR_NUMEL:
+            return
         if value.layout != torch.strided or value.is_meta or value.is_nested or type(value) not in _PLAIN:
             return
         alias = value.data  # the same memory, whatever is assigned to value.data later
@@ -214,7 +223,7 @@ class State:
             self._large.append(_undo_large(value, alias, alias.clone()))
 
     def _array(self, value: np.ndarray, path: str) -> None:
-        if value.dtype != object:
+        if value.dtype != object and not (self.far and value.size > _FAR_NUMEL):
             self.leaves[path] = kept = value.copy()
             self._undo.append(lambda: np.copyto(value, kept))
 

@@ -303,8 +303,8 @@ def test_noise_and_sum_are_not_taken_in_the_parameters_precision(dtype: torch.dt
         return normal(shape, std=std, dtype=dtype, device=device)
 
     source.normal = spy  # type: ignore[method-assign]
-    w = world(model, (x, y), noise=source, max_grad_norm=0.1)
-    released(w)
+    w = world(model, (x, y), noise=source, max_grad_norm=0.1, loss_reduction="sum")
+    released(w, lambda m, a, b: F.cross_entropy(m(a), b, reduction="sum"))
     assert seen == [torch.float32]
     assert w.grads["weight"].dtype == dtype
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import indexing, rules
 from sfumato.ghost.calls import DECISIONS, ESCAPES, METADATA, name_of
-from sfumato.ghost.functions import Use
+from sfumato.ghost.functions import HALF, Use
 from sfumato.ghost.landing import LANDINGS, follow
 from sfumato.ghost.propagation import clean, is_pointwise, propagate
 from sfumato.ghost.rows import Coupled, Histogram, Order, Reduced, Rows, Tag, Unknown, Verdict, Whole
@@ -158,6 +158,8 @@ class Capture(TorchFunctionMode):
     def set_tag(self, value: Tensor, tag: Tag) -> None:
         if isinstance(tag, (Coupled, Unknown)) and value.requires_grad and not value.is_leaf:
             value.register_hook(_mixed_gradient(tag))
+        if value.dtype in HALF and value.requires_grad and self._tape is not None:
+            self._tape.half = True
         self.tags[id(value)] = (weakref.ref(value), tag)
         self.places[place(value)] = tag, self._tape
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from sfumato.clipping import flat_weights
 from sfumato.ghost.functions import full_precision
 from sfumato.ghost.pullback import Bundle, Parts
-from sfumato.terms import Dense, Grams, device, double, keep, materialize, measured, select, weighted_sum
+from sfumato.terms import Dense, Grams, Term, device, double, keep, materialize, measured, select, weighted_sum
 
 # Elements of per-sample gradients that may be kept instead of computed twice (1 GiB of float32 at most in all).
 KEEP_ELEMENTS = 1 << 27
+# A sum of n clipped gradients that agree is n·C long, and float32 rounds it by n·C·2^-24 at every step.
+BLOCK_RECORDS = 256
 
 
 def wide_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
@@ -96,9 +98,21 @@ def _summed(bundle: Bundle, weights: Tensor, apart: Tensor, factor: float) -> di
     out: dict[str, Tensor] = {}
     for name, terms in bundle.items():
         chosen = terms if everything else [select(t, together.to(device(t))) for t in terms]
-        parts = [weighted_sum(t, factors.to(device(t))) for t in chosen]
+        parts = [_in_blocks(t, factors.to(device(t))) for t in chosen]
         out[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     for b in (apart & (weights > 0)).nonzero().flatten().tolist():
         for name, gradient in _alone(bundle, b).items():
             out[name] = out[name] + (gradient * (weights[b] * factor)).to(out[name].dtype)
     return out
+
+
+def _in_blocks(term: Term, factors: Tensor) -> Tensor:
+    """``weighted_sum``, of so few records at a time that float32 still sees what one of them adds."""
+    if len(factors) <= BLOCK_RECORDS:
+        return weighted_sum(term, factors)
+    total: Tensor | None = None
+    for start in range(0, len(factors), BLOCK_RECORDS):
+        rows = slice(start, start + BLOCK_RECORDS)
+        part = weighted_sum(select(term, rows), factors[rows])
+        total = part.double() if total is None else total.add_(part)
+    return total.to(part.dtype)  # type: ignore[union-attr]

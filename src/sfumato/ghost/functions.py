@@ -42,10 +42,22 @@ def exactly(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> Any:
+        if grad.dtype in HALF:
+            _tape_of(ctx).half = True
         with full_precision():
             return backward(ctx, grad)
 
     return run
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def _tape_of(ctx: Any) -> Tape:
+    for holder in (ctx, getattr(ctx, "use", None), getattr(ctx, "call", None)):
+        if isinstance(tape := getattr(holder, "tape", None), Tape):
+            return tape
+    raise AssertionError("a Function without a tape")
 
 
 @contextmanager

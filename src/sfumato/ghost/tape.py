@@ -40,6 +40,7 @@ class Tape:
 
     def _clear(self, records: int | None) -> None:
         self.records = records
+        self.half = False  # gradients in half precision reached it
         self.branches: list[tuple[Tensor, Tape]] = []
         self.declared: rows | None = None  # what the user said of the rows of this batch
         self.held: list[torch.UntypedStorage] = []

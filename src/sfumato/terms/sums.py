@@ -134,8 +134,8 @@ def double(term: Term) -> Term:
             return Conv(grad.double(), x.double(), weight.double(), spec)
 
 
-def select(term: Term, records: Tensor) -> Term:
-    """The term restricted to some records (boolean mask or indices)."""
+def select(term: Term, records: Tensor | slice) -> Term:
+    """The term restricted to some records (boolean mask, indices or a slice)."""
     match term:
         case Stack():
             return each_part(term, lambda t: select(t, records))

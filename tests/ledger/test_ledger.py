@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,24 @@ def test_an_entry_without_a_group_counts_in_every_group(ledger: Ledger) -> None:
     assert ledger.events("y") == {EVENT: 1, OTHER: 1}
     assert ledger.events("z") == {EVENT: 1}
     assert ledger.events() == {EVENT: 2, OTHER: 1}
+
+
+def test_an_entry_for_another_unit_is_refused_before_anything_is_written(ledger: Ledger) -> None:
+    ledger.append(EVENT, run="a", step=0)
+    head = ledger.head
+    with pytest.raises(LedgerError, match="one record") as raised:
+        ledger.append(replace(EVENT, unit="user"), run="b", step=0, group="g")
+    assert raised.value.found == ["record"]
+    assert (ledger.head, ledger.verify(), ledger.events()) == (head, 1, {EVENT: 1})
+    assert ledger.append(OTHER, run="a", step=1) == 2
+
+
+def test_units_written_through_another_connection_count(path: Path) -> None:
+    with Ledger(path) as one, Ledger(path) as other:
+        one.append(replace(EVENT, unit="user"), run="a", step=0)
+        with pytest.raises(LedgerError, match="one user"):
+            other.append(EVENT, run="b", step=0)
+        assert other.append(replace(EVENT, unit="user"), run="b", step=0) == 2
 
 
 def test_queries_change_nothing(ledger: Ledger) -> None:

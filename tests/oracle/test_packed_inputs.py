@@ -1,5 +1,8 @@
 """A packed sequence as the model's own input, as a collate function makes it."""
 
+from collections import UserDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.oracle.oracle import B, R, agree
@@ -48,6 +51,25 @@ def test_rows_of_a_packed_input_have_their_owners(kind: type[nn.Module], lengths
         model(packed).square().sum().backward()
     agree(tape, want, 1e-9)
     assert set(tape.tiers.values()) == {"rule"}
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "mapping", "object"])
+def test_packed_inputs_are_found_in_containers(kind: str) -> None:
+    model, x = Reader(nn.GRU, False).double(), R(B, T, D).double()
+    want = one_by_one(model, x, MIXED)
+    forward = model.forward
+    taken = {"tuple": lambda v: v[1][0], "object": lambda v: v.p}.get(kind, lambda v: v["p"])
+    model.forward = lambda given: forward(taken(given))
+    packed = pack_padded_sequence(x, MIXED, batch_first=True, enforce_sorted=False)
+    given = {
+        "dict": {"p": packed},
+        "tuple": (R(B, 1), [packed]),
+        "mapping": UserDict(p=packed),
+        "object": SimpleNamespace(p=packed),
+    }[kind]
+    with sf.record(model, loss_reduction="sum") as tape:
+        model(given).square().sum().backward()
+    agree(tape, want, 1e-9)
 
 
 def test_padding_a_packed_input_to_the_longest_is_refused() -> None:

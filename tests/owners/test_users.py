@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import uuid
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -326,6 +329,12 @@ def _units(given: Any, dataset: Any = None) -> Any:
         torch.tensor([1, 1, 0, 0]),
         np.array([1.5, 1.5, 2, 2]),
         [(1, 2), (1, 2), (3,), (3,)],
+        [torch.tensor([i // 2]) for i in range(4)],
+        [(torch.tensor(i // 2), "a") for i in range(4)],
+        [frozenset({torch.tensor([[i // 2]])}) for i in range(4)],
+        [np.array([i // 2]) for i in range(4)],
+        [uuid.UUID(int=i // 2) for i in range(4)],
+        [datetime.date(2020, 1, 1 + i // 2) for i in range(4)],
     ],
 )
 def test_ids_of_many_kinds(given: Any) -> None:
@@ -343,6 +352,99 @@ def test_field_of_the_records() -> None:
 def test_ids_that_name_nobody_are_refused(given: Any) -> None:
     with pytest.raises(sf.errors.ConfigurationError, match="privacy_unit"):
         _units(given)
+
+
+class Person:
+    """Equal to itself only."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        torch.tensor([1, 2]),
+        torch.tensor(torch.nan),
+        np.array([1, 2]),
+        Person(),
+        Person,
+        (1, Person()),
+        (1, None),
+        (1, math.nan),
+        ((torch.tensor([1, 2]),), 1),
+        frozenset({torch.tensor([1, 2])}),
+    ],
+    ids=repr,
+)
+def test_ids_that_are_equal_to_no_other_are_refused(name: Any) -> None:
+    with pytest.raises(sf.errors.ConfigurationError, match="of record 3") as raised:
+        _units([1, 1, 2, name])
+    assert raised.value.where == "privacy_unit"
+    with pytest.raises(sf.errors.ConfigurationError, match="of record 0"):
+        _units(lambda record: name)
+
+
+def test_missing_ids_of_tables_are_refused() -> None:
+    pandas = pytest.importorskip("pandas")
+    for missing in (pandas.NA, pandas.NaT, None):
+        with pytest.raises(sf.errors.ConfigurationError, match="of record 1"):
+            _units(pandas.Series([1, missing, 2, 2], dtype=object))
+
+
+class Frame:
+    """As a table with four columns."""
+
+    columns = tuple("abcd")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict.fromkeys(range(4), 1),
+        dict.fromkeys(range(4), 1).keys(),
+        set(range(4)),
+        frozenset(range(4)),
+        Frame(),
+        (i for i in range(4)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_ids_without_the_order_of_the_records_are_refused(given: Any) -> None:
+    with pytest.raises(sf.errors.ConfigurationError, match="one id for each of the 4 records"):
+        _units(given)
+
+
+def test_column_of_another_length_is_refused() -> None:
+    class Short(Fields):
+        column_names = ("user",)
+
+        def __getitem__(self, i: Any) -> Any:
+            return [0, 0, 1] if i == "user" else super().__getitem__(i)
+
+    with pytest.raises(sf.errors.ConfigurationError, match="found 3"):
+        _units("user", Short())
+
+
+def test_units_of_another_data_set_are_refused() -> None:
+    with pytest.raises(sf.errors.ConfigurationError, match="found 3"):
+        _units(group([1, 1, 2]))
+
+
+def test_trainings_begun_together_do_not_mix_units_in_a_ledger() -> None:
+    ledger = sf.Ledger()
+    one, other = (
+        world(engine=sf.PrivacyEngine(ledger=ledger), privacy_unit=unit) for unit in (None, [i // 2 for i in range(24)])
+    )
+    train(one)
+    spent, before = one.engine.get_epsilon(1e-5), {k: p.clone() for k, p in other.model.named_parameters()}
+    with pytest.raises(sf.errors.LedgerError, match="one record"):
+        train(other)
+    assert one.engine.get_epsilon(1e-5) == spent
+    assert all(torch.equal(before[k], p) for k, p in other.model.named_parameters())
 
 
 def test_cap_without_units_is_refused() -> None:

@@ -82,8 +82,8 @@ class Ledger:
     def append(self, event: Event, *, run: str, step: int, group: str | None = None, note: str = "") -> int:
         """Write one entry durably and return its number (1, 2, …). Processes that share the file take turns.
 
-        Raises ``ConfigurationError`` for a bad argument and ``LedgerError`` if the entry could not be made durable;
-        in both cases nothing was written, and nothing may be released.
+        Raises ``ConfigurationError`` for a bad argument and ``LedgerError`` if the entry could not be made durable, or
+        protects another unit than those before it; nothing was written then, and nothing may be released.
         """
         if not isinstance(event, Event) or isinstance(step, bool) or not isinstance(step, int):
             raise ConfigurationError(f"append needs an Event and an integer step, got {event!r} and {step!r}.")
@@ -93,6 +93,7 @@ class Ledger:
         Event.from_json(event.to_json())
         with self._guarded(), self._transaction():
             last, previous = self._last()
+            self._refuse_mixed(event)
             fields = (last + 1, run, step, group, note, _canonical(event.to_json()))
             head = _chained(previous, fields)
             self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", (*fields, head))
@@ -165,6 +166,18 @@ class Ledger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _refuse_mixed(self, event: Event) -> None:
+        """One ε describes one unit: an entry for another would leave the whole ledger without any."""
+        others = sorted({held.unit for held in self.events()} - {event.unit})
+        if others:
+            raise LedgerError(
+                f"ledger {self._where} holds releases that protect one {others[0]}, and this one would protect one "
+                f"{event.unit}; nothing was recorded.",
+                found=others,
+                where=self._where,
+                fix="use another ledger, and report both guarantees.",
+            )
 
     def _last(self) -> tuple[int, str]:
         """Number and hash of the last entry, once they agree with the recorded head and with what was seen before."""

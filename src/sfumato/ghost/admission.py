@@ -87,7 +87,7 @@ def _unseen(c: "Capture") -> Iterator[None]:
 
 def _admit_packed(c: "Capture", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Packed sequences say whose their rows are: step by step, the records in the order in which they were sorted."""
-    for packed in (v for v in (*args, *kwargs.values()) if isinstance(v, PackedSequence)):
+    for _, packed in indexing.named(PackedSequence, (args, kwargs)):
         if c.own_tag(packed.data) is not None or packed.data.grad_fn is not None or declared.active(c) is not None:
             continue  # seen already, or refused as what it is
         order = packed.sorted_indices

@@ -3,12 +3,14 @@
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sfumato.ghost.rows import Coupled, Rows, Tag, Unknown, from_owner, owners
+
+T = TypeVar("T")
 
 
 def tensors(args: Any, kwargs: dict[str, Any] | None = None) -> Iterator[Tensor]:
@@ -29,11 +31,15 @@ def deep_tensors(value: Any) -> Iterator[Tensor]:
 
 def named_tensors(value: Any, path: str = "", depth: int = 12) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) for each of them."""
-    if isinstance(value, Tensor):
-        if value.dim() > 0:
-            yield path, value
+    return ((name, tensor) for name, tensor in named(Tensor, value, path, depth) if tensor.dim() > 0)
+
+
+def named(kind: type[T], value: Any, path: str = "", depth: int = 12) -> Iterator[tuple[str, T]]:
+    """(path, value) for each value of a kind."""
+    if isinstance(value, kind):
+        yield path, value
         return
-    if depth == 0 or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)) or value is None:
+    if depth == 0 or isinstance(value, (Tensor, str, bytes, int, float, type, torch.nn.Module)) or value is None:
         return
     if isinstance(value, Mapping):
         items = [(str(k), v) for k, v in value.items()]
@@ -42,10 +48,15 @@ def named_tensors(value: Any, path: str = "", depth: int = 12) -> Iterator[tuple
     elif callable(value):
         return
     else:
-        names = [*getattr(value, "__dict__", ()), *(n for t in type(value).__mro__ for n in _slots(t))]
-        items = [(n, getattr(value, n)) for n in names if hasattr(value, n)]
+        items = attributes(value)
     for key, item in items:
-        yield from named_tensors(item, f"{path}.{key}", depth - 1)
+        yield from named(kind, item, f"{path}.{key}", depth - 1)
+
+
+def attributes(value: Any) -> list[tuple[str, Any]]:
+    """(name, value) of what a plain object holds."""
+    names = [*getattr(value, "__dict__", ()), *(n for t in type(value).__mro__ for n in _slots(t))]
+    return [(n, getattr(value, n)) for n in names if hasattr(value, n)]
 
 
 def _slots(kind: type) -> tuple[str, ...]:

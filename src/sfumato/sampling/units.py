@@ -44,16 +44,16 @@ class Units:
 def group(ids: Iterable[Hashable], cap: int | None = None) -> Units:
     """Units by id, in the order in which they first occur.
 
-    Raises ``ConfigurationError`` for an id that names nobody (None, or not equal to itself as NaN is), or that cannot
-    be compared (not hashable).
+    Raises ``ConfigurationError`` for an id that names nobody (None, or not equal to itself as NaN is), that cannot be
+    compared (not hashable, or of several values), or that is equal to no other (no ``__hash__`` of its own).
     """
     cap = None if cap is None else checked_count(cap, "max_records_per_unit", least=1)
     numbers: dict[Hashable, int] = {}
     owner: list[int] = []
     for record, name in enumerate(ids):
-        if not isinstance(name, Hashable) or name is None or name != name:
+        if (flaw := _flaw(name)) is not None:
             raise ConfigurationError(
-                f"privacy_unit: the id {name!r} of record {record} names nobody.",
+                f"privacy_unit: the id {name!r} of record {record} {flaw}.",
                 found=name,
                 where="privacy_unit",
                 fix="give every record the id (a number or a string) of the one whose privacy it is.",
@@ -63,6 +63,20 @@ def group(ids: Iterable[Hashable], cap: int | None = None) -> Units:
     sizes = np.bincount(whose, minlength=len(numbers))
     order = np.argsort(whose, kind="stable").astype(np.int64, copy=False)
     return Units(order, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), cap)
+
+
+def _flaw(name: object) -> str | None:
+    """Why an id, or a part of it, cannot say who owns a record."""
+    if isinstance(name, (tuple, frozenset)):
+        return next((flaw for part in name if (flaw := _flaw(part)) is not None), None)
+    try:
+        if name is None or bool(name != name):
+            return "names nobody"
+    except (TypeError, ValueError, RuntimeError):  # pandas.NA, and arrays of several values
+        return "cannot be compared"
+    if not isinstance(name, Hashable):
+        return "cannot be compared"
+    return "is equal to nothing but itself" if type(name).__hash__ is object.__hash__ else None
 
 
 def physical_units(parts: Sequence[Indices], max_physical_batch_size: int | None) -> list[Sequence[Indices]]:

@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnsupportedError
 from sfumato.plan import Plan
 from sfumato.sampling import Poisson, Units, draw_poisson, physical, physical_units, shuffle_epoch
+from sfumato.session.collate import in_order
 from sfumato.session.step import Session, Token
 
 
@@ -119,7 +120,7 @@ class PrivateLoader(DataLoader[Any]):
             base.dataset,
             batch_sampler=_Draws(session.plan, session.source.uniform, tokens, units),
             num_workers=base.num_workers,
-            collate_fn=base.collate_fn,
+            collate_fn=base.collate_fn if units is None else in_order(base.collate_fn),
             pin_memory=base.pin_memory,
             timeout=base.timeout,
             worker_init_fn=base.worker_init_fn,

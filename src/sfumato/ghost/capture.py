@@ -18,6 +18,7 @@ from sfumato.errors import CoupledRecords, UnsupportedError
 from sfumato.ghost import indexing, rules
 from sfumato.ghost.calls import DECISIONS, ESCAPES, METADATA, name_of
 from sfumato.ghost.functions import HALF, Use
+from sfumato.ghost.guard import mixed_gradient
 from sfumato.ghost.landing import LANDINGS, follow
 from sfumato.ghost.propagation import clean, is_pointwise, propagate
 from sfumato.ghost.rows import Coupled, Histogram, Order, Reduced, Rows, Tag, Unknown, Verdict, Whole
@@ -157,7 +158,7 @@ class Capture(TorchFunctionMode):
 
     def set_tag(self, value: Tensor, tag: Tag) -> None:
         if isinstance(tag, (Coupled, Unknown)) and value.requires_grad and not value.is_leaf:
-            value.register_hook(_mixed_gradient(tag))
+            value.register_hook(mixed_gradient(tag))
         if value.dtype in HALF and value.requires_grad and self._tape is not None:
             self._tape.half = True
         self.tags[id(value)] = (weakref.ref(value), tag)
@@ -386,16 +387,3 @@ class Capture(TorchFunctionMode):
             where=self.where(),
             fix="compute it for each record on its own.",
         )
-
-
-def _mixed_gradient(tag: Coupled | Unknown) -> Callable[[Tensor], NoReturn]:
-    """A backward that reaches a mixture, by whatever way it left the model, ends here."""
-
-    def refuse(_: Tensor) -> NoReturn:
-        raise CoupledRecords(
-            f"The loss depends on a value in which {tag.by} has mixed the records of the batch (it left the forward by "
-            "another way than its output), so clipping cannot bound one record's influence.",
-            fix="compute it for each record on its own, or detach it.",
-        )
-
-    return refuse

@@ -5,9 +5,13 @@ possibly after the clipped sum was released; coverage at the end of the tape can
 """
 
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from sfumato.errors import CoupledRecords
+from sfumato.ghost.rows import Coupled, Unknown
 
 
 class Guard:
@@ -37,3 +41,16 @@ class Guard:
 
     def release(self) -> None:
         self.watch(())
+
+
+def mixed_gradient(tag: Coupled | Unknown) -> Callable[[Tensor], NoReturn]:
+    """A backward that reaches a mixture, by whatever way it left the model, ends here."""
+
+    def refuse(_: Tensor) -> NoReturn:
+        raise CoupledRecords(
+            f"The loss depends on a value in which {tag.by} has mixed the records of the batch (it left the forward by "
+            "another way than its output), so clipping cannot bound one record's influence.",
+            fix="compute it for each record on its own, or detach it.",
+        )
+
+    return refuse

@@ -107,13 +107,18 @@ def asked_of_the_first(s: nn.Module, x: Tensor, m: Tensor) -> Tensor:
     return s.b((h * 2 if (x[:1, 0, 0] > 0).any() else h).sum(1))
 
 
+def asked_of_the_first_alone(s: nn.Module, x: Tensor, m: Tensor) -> Tensor:
+    h = s.a(x)
+    return s.b((h * 2 if x[:1, 0, 0] > 0 else h).sum(1))
+
+
 def a_number_that_is_numel(s: nn.Module, x: Tensor, m: Tensor) -> Tensor:
     return s.b(s.a(x * 2 if m.sum() >= B * T else x).sum(1))
 
 
 REFUSED = [
     kept_in_an_attribute, kept_in_a_list, written_input, asserted, other_keys, other_constants, other_constant_tensors,
-    asked_of_the_first,
+    asked_of_the_first, asked_of_the_first_alone,
 ]  # fmt: skip
 
 

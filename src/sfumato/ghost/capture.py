@@ -293,8 +293,8 @@ class Capture(TorchFunctionMode):
     def _refuse_leaks(self, name: str, operands: list[Tensor]) -> None:
         """Calls by which records would reach Python, or each other's gradients, unseen."""
         whole = any((tag := self.tag(t)) is not None and not isinstance(tag, Rows) for t in operands)
-        if name in DECISIONS and (whole or name != "__bool__"):
-            raise NoRule(name, "a decision taken from the whole batch")
+        if name in DECISIONS and (whole or name != "__bool__" or self.records > 1):
+            raise NoRule(name, "a decision taken from the whole batch, or from one record for all")
         if name in ESCAPES and any(t.is_floating_point() or isinstance(self.tag(t), Reduced) for t in operands):
             raise CoupledRecords(
                 f"{name}() takes a value of private records out of the graph, where it could reach other records "

@@ -99,7 +99,7 @@ def test_each_mode_trains_within_its_budget(
     assert 2.9 < run["epsilon"] <= 3.0
     assert set(run["tiers"]) == {"rule"}
     assert ("without_privacy" in result) == (mode == "head")
-    assert printed.err.count("ε = ") >= 2
+    assert printed.err.count("ε = ") >= 1  # a draw of nobody is charged without a turn of the loop
 
 
 def test_the_tied_mode_uses_the_word_embedding_twice(encoder: Path) -> None:

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato import accounting, errors, noise, sampling
+    from sfumato import accounting, clipping, errors, noise, sampling, schedules
     from sfumato.accounting import Budget, Epsilon, Event, Ledger
     from sfumato.checking import check, check_rule, fix
     from sfumato.engine import PrivacyEngine
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from sfumato.ghost import record
     from sfumato.ghost.declared import rows
     from sfumato.ghost.rules.user import rule
-    from sfumato.sampling import Poisson, Shuffle
+    from sfumato.sampling import CyclicPoisson, Poisson, Shuffle, TruncatedPoisson
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "accounting",
+    "CyclicPoisson": "sampling",
     "Epsilon": "accounting",
     "Event": "accounting",
     "Ledger": "accounting",
@@ -28,6 +29,7 @@ _HOMES = {
     "PrivacyEngine": "engine",
     "SfumatoError": "errors",
     "Shuffle": "sampling",
+    "TruncatedPoisson": "sampling",
     "check": "checking",
     "check_rule": "checking",
     "fix": "checking",
@@ -35,10 +37,11 @@ _HOMES = {
     "rows": "ghost.declared",
     "rule": "ghost.rules.user",
 }
-_MODULES = ("accounting", "errors", "noise", "sampling")
+_MODULES = ("accounting", "clipping", "errors", "noise", "sampling", "schedules")
 
 __all__ = [
     "Budget",
+    "CyclicPoisson",
     "Epsilon",
     "Event",
     "Ledger",
@@ -46,9 +49,11 @@ __all__ = [
     "PrivacyEngine",
     "SfumatoError",
     "Shuffle",
+    "TruncatedPoisson",
     "accounting",
     "check",
     "check_rule",
+    "clipping",
     "errors",
     "fix",
     "noise",
@@ -56,6 +61,7 @@ __all__ = [
     "rows",
     "rule",
     "sampling",
+    "schedules",
 ]
 
 

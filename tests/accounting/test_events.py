@@ -31,11 +31,11 @@ def test_equal_numbers_are_one_event():
 @pytest.mark.parametrize(
     "change",
     [
-        {"mechanism": "laplace"},
-        {"adjacency": "replace-one"},
+        {"mechanism": "exponential"},
+        {"adjacency": "bounded"},
         {"sampler": "weighted"},
         {"unit": ""},
-        {"version": 2},
+        {"version": 3},
         {"version": True},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": float("inf")},

@@ -8,7 +8,7 @@ import pytest
 from tests.cli.helpers import Run
 
 import sfumato as sf
-from sfumato.cli import job, loop
+from sfumato.cli import fitting, job, loop
 from sfumato.errors import PrivacyError
 
 TRAIN = ["train", "--epochs", 2]
@@ -179,7 +179,7 @@ def test_failing_before_a_release_leaves_nothing(
     def fail(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr(job, "train", fail)
+    monkeypatch.setattr(fitting, "train", fail)
     sfumato(*PRIVATE, "--out", "new/run", *(["--ledger", ledger] if ledger else [])).failed(code)
     assert list(tmp_path.iterdir()) == []
 
@@ -198,7 +198,7 @@ def test_failing_after_a_release_keeps_the_ledger_alone(
     ran = sfumato(*PRIVATE, "--out", "run")
     assert ran.code == code
     assert "run.spent-ledger.db" in ran.err
-    assert [p.name for p in tmp_path.iterdir()] == ["run.spent-ledger.db"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.spent-ledger.db", "run.spent-ledger.db.seal"}
     with sf.Ledger(tmp_path / "run.spent-ledger.db") as kept:
         assert kept.verify() > 0
         spent = float(kept.epsilon(delta=1e-5))
@@ -217,7 +217,7 @@ def test_a_bug_is_not_hidden_but_leaves_no_folder(
     monkeypatch.setattr(job, "write", fail)
     with pytest.raises(ZeroDivisionError):
         sfumato(*PRIVATE)
-    assert [p.name for p in tmp_path.iterdir()] == ["run.spent-ledger.db"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run.spent-ledger.db", "run.spent-ledger.db.seal"}
 
 
 def test_a_killed_run_is_remembered(sfumato: Run, tmp_path: Path) -> None:

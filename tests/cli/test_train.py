@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import sfumato as sf
 from sfumato.models import build
 
 QUICK = ["train", "--data", "digits", "--epochs", 2, "--batch-size", 256, "--seed", 1]
-FILES = {"model.safetensors", "ledger.db", "metrics.jsonl", "report.html", "report.json"}
+FILES = {"model.safetensors", "ledger.db", "ledger.db.seal", "metrics.jsonl", "report.html", "report.json"}
 
 
 def rows(run: Path, kind: str) -> list[dict]:
@@ -182,6 +183,23 @@ def test_frozen_features_are_saved_with_the_head(sfumato: Run, tmp_path: Path) -
     assert (report["training"]["parameters"], report["data"]["record_shape"]) == (210, [1, 8, 8])
 
 
+def test_verbose_shows_the_log_of_the_library_on_standard_error(sfumato: Run, tmp_path: Path) -> None:
+    (tmp_path / "logging_net.py").write_text(
+        "import logging\n"
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    logging.getLogger('sfumato.test').info('epsilon so far')\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    options = [*QUICK, "--epsilon", 3, "--epochs", 1, "--model", "logging_net:net", "--json"]
+    before = logging.getLogger("sfumato").level, list(logging.getLogger("sfumato").handlers)
+    loud = sfumato(*options, "--verbose", "--out", "loud")
+    assert "sfumato.test: epsilon so far" in loud.err
+    assert loud.json["steps"] == 6
+    assert "so far" not in sfumato(*options, "--out", "quiet").err
+    assert (logging.getLogger("sfumato").level, logging.getLogger("sfumato").handlers) == before
+
+
 def test_tables(sfumato: Run, table: Path, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("age: [0, 120]\ntown: [Rome, Pisa, Siena]\n")
     ran = sfumato(
@@ -210,7 +228,7 @@ def test_a_shared_ledger_adds_up_and_then_refuses(sfumato: Run, tmp_path: Path) 
     first = sfumato(*QUICK, "--epsilon", 2, "--ledger", "all.db", "--out", "a", "--json").json
     second = sfumato(*QUICK, "--epsilon", 4, "--ledger", "all.db", "--out", "b", "--json").json
     assert first["epsilon"] < 2.001 < second["epsilon"] <= 4
-    assert names(tmp_path / "b") == FILES - {"ledger.db"}
+    assert names(tmp_path / "b") == FILES - {"ledger.db", "ledger.db.seal"}
     third = sfumato(*QUICK, "--epsilon", 2, "--ledger", "all.db", "--out", "c", "--json")
     assert "already spent" in third.failed(1)
     assert not (tmp_path / "c").exists()

@@ -58,6 +58,8 @@ def callables(owner: object, prefix: str = "sfumato") -> Iterator[tuple[str, Cal
     for name in getattr(owner, "__all__", None) or (n for n in vars(owner) if not n.startswith("_")):
         value, path = getattr(owner, name), f"{prefix}.{name}"
         if inspect.ismodule(value):
+            if not value.__name__.startswith("sfumato"):
+                continue  # what a module imports
             yield from callables(value, path)
         elif inspect.isclass(value) and not issubclass(value, BaseException):
             yield path, value

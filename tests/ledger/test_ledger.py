@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.accounting import Event, Ledger, compose
+from sfumato.accounting.ledger_seal import seal_of
 from sfumato.errors import ConfigurationError, LedgerError
 
 EVENT = Event("poisson-gaussian", 1.1, 0.01, "add-remove")
@@ -51,7 +53,18 @@ def test_append_read_and_account(ledger: Ledger) -> None:
     assert ledger.epsilon(delta=1e-5) == compose({EVENT: 3, OTHER: 1}, delta=1e-5)
     entry = ledger.entries()[-1]
     assert entry.pop("hash") == ledger.head != empty
-    assert entry == {"seq": 4, "run": "b", "step": 0, "group": "g", "note": "späť", "event": OTHER.to_json()}
+    assert entry == {
+        "seq": 4,
+        "run": "b",
+        "step": 0,
+        "group": "g",
+        "dataset": None,
+        "records": None,
+        "note": "späť",
+        "event": OTHER.to_json(),
+        "count": 1,
+        "reservation": None,
+    }
     assert ledger.verify() == 4
 
 
@@ -128,13 +141,14 @@ def test_reopening_continues_the_chain(path: Path) -> None:
         assert second.append(EVENT, run="b", step=0) == 2
         assert second.verify() == 2
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, seal_of(path).name]
+    assert stat.S_IMODE(seal_of(path).stat().st_mode) == 0o600
 
 
 def test_the_file_is_in_wal_mode_and_synced_at_every_commit(path: Path) -> None:
     with Ledger(path) as ledger:
-        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert ledger._store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert ledger._store.connection.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
 def test_what_is_not_a_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -157,10 +171,11 @@ def test_what_is_not_a_ledger_is_refused_and_left_alone(tmp_path: Path) -> None:
         Ledger(tmp_path / "nul\0")
 
 
-def test_a_newer_schema_is_refused(path: Path) -> None:
+@pytest.mark.parametrize("schema", ["1", "3"])
+def test_another_schema_is_refused_by_name(path: Path, schema: str) -> None:
     Ledger(path).close()
-    edit(path, "UPDATE meta SET value = '2' WHERE key = 'schema'")
-    with pytest.raises(LedgerError, match="schema '2'"):
+    edit(path, f"UPDATE meta SET value = '{schema}' WHERE key = 'schema'")
+    with pytest.raises(LedgerError, match=f"schema '{schema}'"):
         Ledger(path)
 
 
@@ -168,6 +183,20 @@ def edit(path: Path, statement: str) -> None:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute(statement)
     connection.close()
+
+
+@pytest.mark.parametrize("statement", ["DELETE FROM entries WHERE seq = 5", "DELETE FROM entries"])
+def test_removed_entries_are_found(path: Path, statement: str) -> None:
+    with Ledger(path) as ledger:
+        for step in range(5):
+            ledger.append(EVENT, run="a", step=step)
+        assert ledger.events() == {EVENT: 5}
+        edit(path, statement)
+        with pytest.raises(LedgerError, match="entries up to 5 were here before, and have been rolled back"):
+            ledger.verify()
+    seal_of(path).unlink(missing_ok=True)
+    with pytest.raises(LedgerError, match=r"entries after [04] were removed"):
+        Ledger(path)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +209,10 @@ def edit(path: Path, statement: str) -> None:
         ("UPDATE entries SET note = x'00' WHERE seq = 2", "entry 2 "),
         ("UPDATE entries SET hash = '' WHERE seq = 2", "entry 2 "),
         ("DELETE FROM entries WHERE seq = 2", "entry 2 "),
-        ("DELETE FROM entries WHERE seq = 5", "entries after 4 "),
-        ("DELETE FROM entries", "entries after 0 "),
+        ("UPDATE entries SET count = 0 WHERE seq = 2", "entry 2 "),
+        ("UPDATE entries SET dataset = 'd' WHERE seq = 2", "entry 2 "),
+        ("UPDATE entries SET reservation = 2 WHERE seq = 2", "entry 2 "),
+        ("INSERT INTO scopes VALUES ('x', 'runs:')", "no entry names"),
         ("UPDATE meta SET value = 'x' WHERE key = 'head'", "entries after 5 "),
         ("DELETE FROM meta WHERE key = 'head'", "entries after 5 "),
     ],
@@ -190,28 +221,12 @@ def test_edits_are_found_and_named(path: Path, statement: str, where: str) -> No
     with Ledger(path) as ledger:
         for step in range(5):
             ledger.append(EVENT, run="a", step=step)
-    edit(path, statement)
-    with Ledger(path) as ledger, pytest.raises(LedgerError, match=where):
-        ledger.verify()
-
-
-def test_a_flipped_byte_is_found(path: Path) -> None:
-    with Ledger(path) as ledger:
-        for step in range(5):
-            ledger.append(EVENT, run="run-name", step=step, note="a note")
-        fields = [b"run-name", b"a note", b"poisson-gaussian", ledger.head.encode(), b'"sample_rate":0.01']
-    good = path.read_bytes()
-    for field in fields:
-        at = good.rindex(field)
-        for offset in range(len(field)):
-            bad = bytearray(good)
-            bad[at + offset] ^= 1 << offset % 8
-            path.write_bytes(bad)
-            with pytest.raises(LedgerError), Ledger(path) as ledger:
-                ledger.verify()
-    path.write_bytes(good)
-    with Ledger(path) as ledger:
-        assert ledger.verify() == 5
+        edit(path, statement)
+        with pytest.raises(LedgerError, match=where):
+            ledger.verify()
+    seal_of(path).unlink(missing_ok=True)
+    with pytest.raises(LedgerError, match=where):
+        Ledger(path)
 
 
 def test_a_rollback_under_an_open_ledger_is_refused(path: Path) -> None:
@@ -244,11 +259,11 @@ def test_a_closed_ledger_raises(ledger: Ledger) -> None:
 
 
 def test_an_interrupted_append_leaves_no_trace(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(previous: str, fields: tuple[object, ...]) -> str:
+    def interrupt(entry: object, previous: str) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sfumato.accounting.ledger._chained", interrupt)
+        patch.setattr("sfumato.accounting.ledger_chain.Entry.chained", interrupt)
         with pytest.raises(KeyboardInterrupt):
             ledger.append(EVENT, run="a", step=0)
     assert ledger.append(EVENT, run="a", step=0) == 1
@@ -325,3 +340,38 @@ def test_a_forked_child_is_refused_and_does_no_harm(ledger: Ledger) -> None:
         assert "opened in another process" in pipe.read()
     assert ledger.append(EVENT, run="a", step=1) == 2
     assert ledger.verify() == 2
+
+
+def test_an_export_holds_everything_and_repeats_byte_by_byte(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.append(EVENT, run="a", step=0, note="späť")
+    ledger.append(EVENT, run="a", step=1, dataset="d", records=[1, 2, 3, 9])
+    first, second = tmp_path / "one.json", tmp_path / "two.json"
+    document = ledger.export(first)
+    assert ledger.export(second) == ledger.export() == document == json.loads(first.read_text())
+    assert first.read_bytes() == second.read_bytes()
+    assert stat.S_IMODE(first.stat().st_mode) == 0o600
+    assert (document["format"], document["schema"], document["head"]) == ("sfumato-ledger", "2", ledger.head)
+    assert document["entries"] == ledger.entries()
+    assert document["scopes"] == {ledger.entries()[1]["records"]: "1-3,9"}
+    with pytest.raises(LedgerError, match="cannot be exported"):
+        ledger.export(first)  # never overwrites
+
+
+@pytest.mark.dist
+def test_a_full_disk_writes_nothing_and_says_so(path: Path) -> None:
+    code = """
+import resource, signal
+ledger = Ledger(sys.argv[1])
+ledger.append(event, run="a", step=0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+size = os.path.getsize(sys.argv[1] + "-wal")
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+try:
+    ledger.append(event, run="a", step=1)
+except Exception as error:
+    print(type(error).__name__, "nothing was recorded" in str(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(ledger.append(event, run="a", step=2), ledger.verify())
+"""
+    output, _ = python(code, path).communicate(timeout=60)
+    assert output.split() == ["LedgerError", "True", "2", "2"]

@@ -162,8 +162,6 @@ def test_two_engines_on_one_model_are_refused() -> None:
     w = world()
     with pytest.raises(sf.errors.UnsupportedError, match="detach"):
         world(w.model)
-    with pytest.raises(sf.errors.UnsupportedError, match="detach"):
-        world(engine=w.engine)
     train(w)
     assert w.charges == w.engine.steps == len(w.loader)
     w.engine.detach()

@@ -579,13 +579,14 @@ def test_custom_samplers_are_refused_not_dropped(kind: str) -> None:
     assert "forward" not in vars(model)
 
 
-def test_private_loader_given_again_is_refused() -> None:
+def test_private_loader_given_again_stands_for_the_one_behind_it() -> None:
     w = world()
     w.engine.detach()
-    with pytest.raises(sf.errors.UnsupportedError):
-        w.engine.make_private(
-            module=w.model, optimizer=w.optimizer, data_loader=w.loader, noise_multiplier=1.0, max_grad_norm=1.0
-        )
+    _, _, again = w.engine.make_private(
+        module=w.model, optimizer=w.optimizer, data_loader=w.loader, noise_multiplier=1.0, max_grad_norm=1.0
+    )
+    assert again is not w.loader
+    assert w.engine.plan.sample_rate == w.engine.plan.expected_batch_size / len(again.dataset)
 
 
 def test_sampling_rate_is_that_of_the_draws() -> None:

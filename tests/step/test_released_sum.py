@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sfumato as sf
+from sfumato.session import Token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -104,10 +105,10 @@ def test_failure_while_summing_a_microbatch_discards_the_logical_batch(monkeypat
     step = importlib.import_module("sfumato.session.step")
     whole, calls = step.clipped, iter([True])
 
-    def once(*args: object) -> object:
+    def once(*args: object, **options: object) -> object:
         if next(calls, False):
             raise RuntimeError("out of memory")
-        return whole(*args)
+        return whole(*args, **options)
 
     monkeypatch.setattr(step, "clipped", once)
     errors = []
@@ -125,6 +126,6 @@ def test_empty_draw_before_the_scaler_was_used() -> None:
     scaler = torch.amp.GradScaler("cpu")
     _, engine, loader = _two_records(sampling=sf.Poisson(1e-9), grad_scaler=scaler)
     iterator = iter(loader)
-    loader._session.empty()
+    loader._session.empty(Token(0, first=True, last=True))
     assert engine.steps == 1
     del iterator

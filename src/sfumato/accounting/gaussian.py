@@ -30,3 +30,15 @@ def gaussian_epsilon(mu: float, delta: float, *, upper: bool) -> float:
         high *= 2.0
     root = float(brentq(lambda e: log_delta(e, mu) - target, 0.0, high, xtol=1e-15 * high, rtol=1e-14))
     return root * (1.0 + 1e-12) if upper else root * (1.0 - 1e-12)
+
+
+def gaussian_log_delta(epsilon: float, mu: float, *, upper: bool) -> float:
+    """log of delta(epsilon) at sensitivity over noise std ``mu``, moved out by more than the formula's rounding."""
+    if not math.isfinite(mu) or mu > 1e6:
+        return 0.0 if upper else -math.inf
+    far = epsilon / mu
+    rounding = 1e-12 * (1.0 + 1.0 / mu + mu * mu) + 2e-15 * far * far * (1.0 + far / mu)
+    if not upper:
+        return log_delta(epsilon, mu) - rounding
+    value, whole = log_delta(epsilon, mu) + rounding, float(log_ndtr(0.5 * mu - far))
+    return min(0.0, value if rounding < 1.0 and value > -math.inf else whole + 1e-12 + 2e-15 * far * far)

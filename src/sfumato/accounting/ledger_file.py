@@ -10,17 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import LedgerError
+from .ledger_seal import seal_of, sync_folder
 
 FORMAT = "sfumato-ledger"
-VERSION = "1"
+VERSION = "2"
 GENESIS = "0" * 64
+# Record numbers are kept once for each distinct set; entries name them by their hash, so the chain covers them.
 SCHEMA = f"""
     PRAGMA journal_mode=WAL;
     BEGIN;
     CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE entries (seq INTEGER PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL, "group" TEXT,
-                          note TEXT NOT NULL, event TEXT NOT NULL, hash TEXT NOT NULL);
-    INSERT INTO meta VALUES ('format', '{FORMAT}'), ('schema', '{VERSION}'), ('head', '{GENESIS}');
+    CREATE TABLE scopes (digest TEXT PRIMARY KEY, records TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE entries (seq INTEGER PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL, "group" TEXT, dataset TEXT,
+                          records TEXT, note TEXT NOT NULL, event TEXT NOT NULL, count INTEGER NOT NULL,
+                          reservation INTEGER, hash TEXT NOT NULL);
+    INSERT INTO meta VALUES ('format', '{FORMAT}'), ('schema', '{VERSION}'), ('head', '{GENESIS}'),
+                            ('salt', lower(hex(randomblob(32))));
     COMMIT;
 """
 
@@ -46,6 +51,22 @@ def identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def found_or_created(path: Path, *, may_create: bool) -> tuple[int, int]:
+    """Identity of the ledger file at ``path``, made if there is none and nothing says that there was one."""
+    sealed = os.path.lexists(seal_of(path)) if b"\0" not in os.fsencode(path) else False
+    # In this order: a seal is written only where a ledger is, so a seal seen first and no ledger after it is a loss.
+    there = identity(path)
+    if there is None and (sealed or not may_create):
+        raise LedgerError(
+            f"ledger {path} is gone, but {'its seal is there' if sealed else 'one was there'}: what it recorded would "
+            "be forgotten.",
+            found=None,
+            where=str(path),
+            fix="restore the ledger; if its records are used no more, delete its seal.",
+        )
+    return there or create(path)
+
+
 def create(path: Path) -> tuple[int, int]:
     """Put a complete, empty ledger at ``path`` in one atomic step; when two processes race, both open the winner's."""
     try:
@@ -59,11 +80,7 @@ def create(path: Path) -> tuple[int, int]:
                 os.link(draft, path)
         finally:
             os.unlink(draft)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the file's name must be as durable as its entries
-        finally:
-            os.close(folder)
+        sync_folder(path)  # the file's name must be as durable as its entries
     except (OSError, sqlite3.Error) as error:
         raise LedgerError(
             f"ledger {path} cannot be created: {error}.",

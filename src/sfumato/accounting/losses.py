@@ -1,7 +1,7 @@
-"""Privacy losses of one Poisson-subsampled Gaussian release, put on a grid from above and from below.
+"""Privacy losses of one release, put on a grid from above and from below.
 
-Remove direction: P = (1-q) N(0, s^2) + q N(1, s^2) against Q = N(0, s^2); the add direction is (Q, P). Both are held as
-*cells* between neighbouring grid losses i*h, (i+1)*h, each with its mass split onto its two ends.
+A pair (P, Q) of :mod:`.pairs` and its reverse are both held as *cells* between neighbouring grid losses i*h, (i+1)*h,
+each with its mass split onto its two ends.
 
 Upper bound: the split keeps the mass of both measures, hence is a mean-preserving spread of the likelihood ratio and
 dominates the true pair ("connect the dots", Doroshenko et al. 2022, arXiv 2207.04380).
@@ -13,26 +13,36 @@ cells and take the greatest convex minorant.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import isotonic_regression
-from scipy.special import ndtri_exp
 
-Array = npt.NDArray[np.float64]
+from .pairs import (
+    Array,
+    Atoms,
+    Discrete,
+    Laplace,
+    Line,
+    Mixture,
+    Pair,
+    Release,
+    Truncated,
+    atoms,
+    line,
+    log_constant,
+    log_density,
+    loss,
+    loss_and_slope,
+    support,
+)
 
 MAX_CELLS = 1 << 22
 GAUSS_LEGENDRE = tuple(zip(*np.polynomial.legendre.leggauss(4), strict=True))
 MAX_LOSS = 600.0  # exp() of a range of losses must stay finite where ratios are formed
-
-
-class Release(NamedTuple):
-    """Mechanism as the core sees it: noise std over sensitivity, and Poisson rate (1.0: plain Gaussian)."""
-
-    sigma: float
-    rate: float
 
 
 class Cells(NamedTuple):
@@ -60,69 +70,134 @@ class Masses(NamedTuple):
         return top + math.log(float(np.exp(exponent - top).sum())) if top > -math.inf else -math.inf
 
 
-def tail_quantile(log_mass: float) -> float:
-    """z with P[N(0,1) > z] = exp(log_mass), rounded up so that the tail is at most that."""
-    return math.ceil(-2.0 * float(ndtri_exp(log_mass))) / 2.0
+@lru_cache(maxsize=64)
+def cells(pair: Pair, step: float, cut: float) -> Cells:
+    """Cells of ``pair`` on the grid ``step``; masses are good to 1e-11, relative to themselves, however small."""
+    match pair:
+        case Truncated():
+            parts = [(w, Release(pair.sigma, r)) for w, r in pair.parts if w > 0.0 and r > 0.0]
+            rows = [(_line_cells(release, step, cut), math.log(w)) for w, release in parts]
+            nothing = math.fsum(w for w, r in pair.parts if r == 0.0)
+            still = _atom_cells(Atoms(np.zeros(1), np.array([math.log(nothing) if nothing else -math.inf])), step)
+            return _joined([Cells(c.start, c.low + w, c.high + w) for c, w in rows] + [still])
+        case Discrete():
+            return _atom_cells(atoms(pair, cut), step)
+        case Laplace():
+            return _joined([_line_cells(pair, step, cut), _atom_cells(atoms(pair, cut), step)])
+    return _line_cells(pair, step, cut)
 
 
-def loss(z: Array, release: Release) -> Array:
-    """log P/Q (remove direction) at x = sigma * z; increasing in z."""
-    sigma, rate = release
-    shift = z / sigma - 0.5 / sigma**2
-    if rate == 1.0:
-        return shift
-    return np.logaddexp(math.log1p(-rate), math.log(rate) + shift)
+def _joined(rows: list[Cells]) -> Cells:
+    start = min(row.start for row in rows)
+    size = max(row.start + row.low.size for row in rows) - start
+    low, high = np.full(size, -np.inf), np.full(size, -np.inf)
+    for row in rows:
+        place = slice(row.start - start, row.start - start + row.low.size)
+        low[place] = np.logaddexp(low[place], row.low)
+        high[place] = np.logaddexp(high[place], row.high)
+    return Cells(start, low, high)
 
 
-def _inverse(grid: Array, release: Release) -> Array:
-    """z at which the loss equals ``grid`` (backward stable); nan below the infimum log(1 - rate)."""
-    sigma, rate = release
-    if rate == 1.0:
-        shift = grid
-    else:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            shift = grid + np.log(-np.expm1(math.log1p(-rate) - grid)) - math.log(rate)
-    return np.asarray(sigma * shift + 0.5 / sigma)
+def _atom_cells(found: Atoms, step: float) -> Cells:
+    index = np.floor(found.loss / step).astype(np.int64)
+    first = np.flatnonzero(np.append(True, index[1:] > index[:-1]))
+    group = np.repeat(np.arange(first.size), np.diff(np.append(first, index.size)))
+    base = np.maximum.reduceat(found.log_mass, first)
+    mass = np.exp(found.log_mass - np.maximum(base, -1e300)[group])
+    share = np.clip(np.expm1(found.loss - index * step) / math.expm1(step), 0.0, 1.0)
+    start = int(index[0])
+    low, high = (np.full(int(index[-1]) - start + 1, -np.inf) for _ in range(2))
+    with np.errstate(divide="ignore"):
+        low[index[first] - start] = base + np.log(np.add.reduceat(mass * (1.0 - share), first))
+        high[index[first] - start] = base + np.log(np.add.reduceat(mass * share, first))
+    return Cells(start, low, high)
 
 
-def support(release: Release, cut: float) -> tuple[float, float]:
-    """Smallest and largest loss that is kept: outside it both measures have at most 2 * P[N > cut]."""
-    z = np.array([-cut, 1.0 / release.sigma + cut])
-    low, high = loss(z, release)
-    return float(low), float(high)
-
-
-@lru_cache(maxsize=256)
-def remove_cells(release: Release, step: float, cut: float) -> Cells:
-    """Cells of the remove direction on the grid ``step``; 4-point Gauss-Legendre on pieces that keep it exact to 1e-11.
-
-    All integrands are positive, so every mass is accurate relative to itself, however small.
-    """
-    bottom, top = support(release, cut)
+def _line_cells(pair: Release | Mixture | Laplace, step: float, cut: float) -> Cells:
+    """4-point Gauss-Legendre on pieces that keep it exact to 1e-11; all integrands are positive."""
+    ends = line(pair, cut)
+    bottom, top = support(pair, cut)
     start, stop = math.floor(bottom / step), math.ceil(top / step)
     stop = max(stop, start + 1)
-    z_low, z_high = -cut, 1.0 / release.sigma + cut
-    inner = _inverse(np.asarray(np.arange(start + 1, stop) * step, dtype=np.float64), release)
-    edges = np.concatenate(([z_low], np.clip(inner, z_low, z_high), [z_high]))
-    width = np.diff(edges)
-    pieces = np.maximum(np.ceil(width * (2.0 * (z_high + 6.0))), 1.0).astype(np.int64)
+    grid = np.asarray(np.arange(start + 1, stop) * step, dtype=np.float64)
+    inner = np.clip(_inverse(grid, pair, ends, step), ends.low, ends.high)
+    edges = np.concatenate(([ends.low], inner, [ends.high]))
+    width = np.maximum(np.diff(edges), 0.0)
+    pieces = np.maximum(np.ceil(width * ends.resolution), 1.0).astype(np.int64)
     first = np.concatenate(([0], np.cumsum(pieces)[:-1]))
     cell = np.repeat(np.arange(width.size), pieces)
     piece = (width / pieces)[cell]
     left = edges[cell] + (np.arange(cell.size) - first[cell]) * piece
-    # exponents are taken relative to the cell's point nearest zero: no underflow, whatever sigma is
-    base = -0.5 * np.clip(0.0, edges[:-1], edges[1:]) ** 2
+    # exponents are taken relative to the cell's greatest density: no underflow, whatever sigma is
+    base = np.full(width.size, -np.inf)
+    for mode in ends.modes:
+        np.maximum(base, log_density(np.clip(mode, edges[:-1], edges[1:]), pair), out=base)
+    offset = base[cell]
+    share = _share(pair, start, step, grid, edges, cell, int(pieces[0]))
     low, high = np.zeros(cell.size), np.zeros(cell.size)
     for node, weight in GAUSS_LEGENDRE:
         z = left + (0.5 * (1.0 + node)) * piece
-        density = (0.5 * weight) * np.exp(-0.5 * z * z - base[cell])
-        above = np.clip(loss(z, release) - (start + cell) * step, 0.0, step)
-        fraction = np.expm1(above) / math.expm1(step)
-        high += density * fraction
-        low += density * (1.0 - fraction)
+        density = (0.5 * weight) * np.exp(log_density(z, pair) - offset)
+        part = density * np.clip(share(z), 0.0, 1.0)
+        high += part
+        low += density - part
     with np.errstate(divide="ignore"):
-        scale = base + np.log(width / pieces) - 0.5 * math.log(2.0 * math.pi)
+        scale = base + np.log(width / pieces) + log_constant(pair)
         return Cells(start, scale + np.log(np.add.reduceat(low, first)), scale + np.log(np.add.reduceat(high, first)))
+
+
+def _share(
+    pair: Release | Mixture | Laplace, start: int, step: float, grid: Array, edges: Array,
+    cell: npt.NDArray[np.int64], below: int,
+) -> Callable[[Array], Array]:  # fmt: skip
+    """Function of z that gives the share of the mass at z which moves to its cell's upper end."""
+    whole = math.expm1(step)
+
+    def general(z: Array, cell: npt.NDArray[np.int64]) -> Array:
+        return np.asarray(np.expm1(loss(z, pair) - (start + cell) * step) / whole)
+
+    if not isinstance(pair, Release):
+        return lambda z: general(z, cell)
+    # From an edge on the grid, exp(loss - edge) - 1 = w (exp((z - z_edge)/sigma) - 1), w = 1 - (1 - rate) exp(-edge).
+    sampled = -np.expm1(math.log1p(-pair.rate) - grid) if pair.rate < 1.0 else np.ones(grid.size)
+    factor = (sampled / whole)[cell[below:] - 1]
+    edge = edges[cell[below:]]
+
+    def share(z: Array) -> Array:
+        rest = factor * np.expm1((z[below:] - edge) * (1.0 / pair.sigma))
+        return np.concatenate((general(z[:below], cell[:below]), rest))
+
+    return share
+
+
+def _inverse(grid: Array, pair: Release | Mixture | Laplace, ends: Line, step: float) -> Array:
+    """Coordinate at which the loss equals ``grid``; a small error is of second order, for the share is clipped."""
+    if isinstance(pair, Mixture):
+        return _solved(grid, pair, ends, step)
+    if pair.rate == 1.0:
+        shift = grid
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shift = grid + np.log(-np.expm1(math.log1p(-pair.rate) - grid)) - math.log(pair.rate)
+    return shift if isinstance(pair, Laplace) else np.asarray(pair.sigma * shift + 0.5 / pair.sigma)
+
+
+def _solved(grid: Array, pair: Mixture, ends: Line, step: float) -> Array:
+    """Newton's method within brackets from a table."""
+    table = np.linspace(ends.low, ends.high, 2048)
+    values = np.maximum.accumulate(loss(table, pair))
+    place = np.clip(np.searchsorted(values, grid) - 1, 0, table.size - 2)
+    low, high = table[place], table[place + 1]
+    z = np.clip(np.interp(grid, values, table), low, high)
+    for _ in range(60):
+        value, slope = loss_and_slope(z, pair)
+        gap = value - grid
+        if not gap.size or float(np.abs(gap).max()) <= 1e-7 * step:
+            break
+        low, high = np.where(gap < 0.0, z, low), np.where(gap > 0.0, z, high)
+        z = z - gap / np.maximum(slope, 1e-300)
+        z = np.where((z > low) & (z < high), z, 0.5 * (low + high))
+    return z
 
 
 def reverse(cells: Cells, step: float) -> Cells:
@@ -149,14 +224,29 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
     total = low + high
     gap = np.divide(low * high, total, out=np.zeros_like(total), where=total > 0)
     mu = np.maximum(np.append(gap * math.expm1(step), 0.0), np.append(0.0, gap * -math.expm1(-step)))
-    # Up to the first loss the curve is the line 1 - ratio, the lowest there is: follow it while mu would undercut it.
+    # Nothing is lowered below the line 1 - ratio or below 0: above_line, above_zero are the room, in the units of mu.
     mass = np.append(low, 0.0) + np.append(0.0, high)
-    growth = np.exp(nodes - nodes[0])
+    growth, ratios = np.exp(nodes - nodes[0]), np.exp(nodes)
     above_line = -math.expm1(-step) * np.append(0.0, np.cumsum(np.cumsum(mass)[:-1] * growth[1:])) / growth
-    follow = 1 + int(np.flatnonzero(np.append(True, above_line[1:] < mu[1:]))[-1])
-    mu[: follow + 1] = above_line[: follow + 1]
+    over = np.cumsum((mass * ratios)[::-1])[::-1]
+    above_zero = np.append(np.cumsum((over / growth)[:0:-1])[::-1] * growth[1:], 0.0) * -math.expm1(-step) / ratios
+    room = np.minimum(above_line, above_zero)
+    # Where one end of a chord stops there, the other has to go low enough to pass below the cell's mean point.
+    inside_cell = (low > 0.0) & (high > 0.0)
+    odds = np.divide(high, low, out=np.ones_like(low), where=inside_cell)
+    left_end = np.where(inside_cell, high * math.expm1(step) - odds * room[1:] * math.exp(step), 0.0)
+    right_end = np.where(inside_cell, (low * math.expm1(step) - room[:-1] / odds) * math.exp(-step), 0.0)
+    stopped, before = room <= mu, 0
+    while before != (before := int(stopped.sum())):
+        mu[:-1] = np.where(stopped[1:], np.maximum(mu[:-1], left_end), mu[:-1])
+        mu[1:] = np.where(stopped[:-1], np.maximum(mu[1:], right_end), mu[1:])
+        stopped |= room <= mu
+    mu = np.where(stopped, room, mu)
+    line = (above_zero - above_line) * ratios
+    crossing = stopped[1:] & stopped[:-1] & (line[:-1] > 0.0) & (line[1:] < 0.0)
+    corner = float(np.minimum(line[:-1], -line[1:])[crossing].sum())  # the cut tails' share, a fraction of 1e-7 delta
     moved = (mu[1:] * math.exp(step) - mu[:-1]) / math.expm1(step)  # from the cell's low end to its high end
-    ratio = np.concatenate(([0.0], np.exp(nodes)))  # a knot at ratio 0 takes what the minorant pushes below the grid
+    ratio = np.concatenate(([0.0], ratios))  # a knot at ratio 0 takes what the minorant pushes below the grid
     mass = np.concatenate(([0.0], np.append(low - moved, 0.0) + np.append(0.0, high + moved)))
     # Greatest convex minorant: slopes of the polygon, made non-decreasing.
     slope = -np.cumsum(mass[::-1])[::-1][1:]
@@ -173,39 +263,5 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
     negative = np.minimum(result[1:], 0.0)
     with np.errstate(divide="ignore"):
         log = np.log(np.maximum(result[1:], 0.0)) + nodes
-    slack = float(mu[-1] * ratio[-1] - negative @ ratio[1:])
+    slack = corner + float(mu[-1] * ratio[-1] - negative @ ratio[1:])
     return Masses(cells.start, log), slack
-
-
-class Quadrature(NamedTuple):
-    """Coarse trapezoid of every release's loss; it only steers grid, tilt and window, it certifies nothing."""
-
-    counts: Array  # (events,)
-    log_mass: Array  # (events, points), of the numerator
-    loss: Array  # (events, points)
-
-    def cumulants(self, tilt: float) -> tuple[float, float, float]:
-        """Summed log moment generating function of the loss at ``tilt`` and its first two derivatives."""
-        exponent = self.log_mass + tilt * self.loss
-        top = exponent.max(axis=1)
-        weight = np.exp(exponent - top[:, None])
-        norm = weight.sum(axis=1)
-        mean = (weight * self.loss).sum(axis=1) / norm
-        variance = (weight * (self.loss - mean[:, None]) ** 2).sum(axis=1) / norm
-        return float(self.counts @ (top + np.log(norm))), float(self.counts @ mean), float(self.counts @ variance)
-
-
-def quadrature(releases: dict[Release, int], cut: float, *, add: bool) -> Quadrature:
-    """Quadrature of all releases for one direction."""
-    points = 512 if len(releases) < 64 else 192
-    log_mass, losses = np.empty((len(releases), points)), np.empty((len(releases), points))
-    for row, release in enumerate(releases):
-        z, spacing = np.linspace(-cut, 1.0 / release.sigma + cut, points, retstep=True)
-        values = loss(z, release)
-        log_mass[row] = math.log(float(spacing)) - 0.5 * math.log(2.0 * math.pi) - 0.5 * z * z
-        losses[row] = values
-        if add:
-            losses[row] *= -1.0
-        else:
-            log_mass[row] += values
-    return Quadrature(np.array(list(releases.values()), dtype=np.float64), log_mass, losses)

@@ -14,9 +14,9 @@ from sfumato.checking.independence import Verdict
 from sfumato.checking.outputs import judge_criterion
 from sfumato.checking.report import Problem, Remark, Report
 from sfumato.checking.subject import Subject, subject
-from sfumato.engine import refuse_module
 from sfumato.errors import ConfigurationError, CoupledRecords, SfumatoError
 from sfumato.ghost import refuse_batch_statistics
+from sfumato.session import refuse_module
 
 _LARGE = 5_000_000
 

@@ -94,6 +94,18 @@ def accuracy(model: nn.Module, test: Records, device: torch.device) -> float:
     return correct / len(test)
 
 
+def mean_loss(model: nn.Module, test: Records, device: torch.device) -> float:
+    """Mean cross-entropy of ``model`` on the test records, in evaluation mode."""
+    training = model.training
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for x, y in zip(test.x.split(CHUNK), test.y.split(CHUNK), strict=True):
+            total += float(F.cross_entropy(model(x.to(device)), y.to(device), reduction="sum"))
+    model.train(training)
+    return total / len(test)
+
+
 def _row(
     step: int, epoch: int, spent: float | None, running: _Running, engine: PrivacyEngine, *, private: bool
 ) -> StepRow:

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BudgetExceeded, PrivacyError, SfumatoError
-from . import calibrate, check, epsilon, train
-from .messages import one_line, parser_message
+from . import calibrate, check, epsilon, ledger, report, sweep, train
+from .messages import one_line, parser_message, visible
 from .result import Result
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 OK, FAILED, USAGE = 0, 1, 2
-COMMANDS: dict[str, ModuleType] = {"train": train, "epsilon": epsilon, "calibrate": calibrate, "check": check}
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "sweep": sweep,
+    "epsilon": epsilon,
+    "calibrate": calibrate,
+    "check": check,
+    "ledger": ledger,
+    "report": report,
+}
 
 
 class Command(Protocol):
@@ -66,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, _text(error), USAGE)
     except KeyboardInterrupt as error:
         return _fail(name, "interrupted. " + _text(error), FAILED)
-    print(json.dumps(result.data, allow_nan=False) if options[options.command].json else result.text)
+    _print(json.dumps(result.data, allow_nan=False) if options[options.command].json else result.text)
     return OK if result.ok else FAILED
 
 
@@ -97,6 +106,13 @@ def _parser() -> ArgumentParser:
         command.add_arguments(sub)
         commands.add_subcommand(name, sub, help=command.SUMMARY)
     return parser
+
+
+def _print(text: str) -> None:
+    try:
+        print(visible(text), flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `sfumato ledger show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version() -> str:

@@ -27,13 +27,16 @@ _WITHOUT = (
 
 
 class Metrics:
-    """Collects rows, writes each one as a line of JSON (the first line is a note), and moves a progress bar."""
+    """Collects rows, writes each one as a line of JSON (the first line is a note), and moves a progress bar.
 
-    def __init__(self, folder: Path, *, planned_steps: int, private: bool):
+    Nothing is written without a ``folder``.
+    """
+
+    def __init__(self, folder: Path | None, *, planned_steps: int, private: bool):
         self.steps: list[StepRow] = []
         self.epochs: list[EpochRow] = []
         self._private = private
-        self._file: TextIO = (folder / METRICS_NAME).open("w", encoding="utf-8")
+        self._file: TextIO | None = None if folder is None else (folder / METRICS_NAME).open("w", encoding="utf-8")
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=planned_steps, unit="step", file=sys.stderr, disable=not self._live, leave=False)
         self._shown: dict[str, str] = {}
@@ -46,7 +49,8 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def step(self, row: StepRow) -> None:
         """One release."""
@@ -74,6 +78,8 @@ class Metrics:
             print(f"step {row.step} of {self._bar.total}  {shown}", file=sys.stderr, flush=True)
 
     def _write(self, row: dict[str, object]) -> None:
+        if self._file is None:
+            return
         kept = {k: finite(v) if isinstance(v, float) else v for k, v in row.items() if v is not None}
         self._file.write(json.dumps(kept, allow_nan=False) + "\n")
         self._file.flush()

@@ -10,11 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..accounting import compose
-from ..data import DataSet
-from ..engine import PrivacyEngine
 from ..report import (
     HTML_NAME,
     Data,
@@ -23,32 +20,31 @@ from ..report import (
     Mechanism,
     RunFacts,
     Training,
+    attack_sentence,
+    meaning,
+    meaning_json,
     plain_sentence,
+    profile,
+    trade_off,
 )
-from .metrics import Metrics
+from .fitting import Fitted
 from .result import Result, finite
 from .settings import Settings
 from .spending import Spending
 
-OTHER_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-
 
 def facts_of(
     *,
-    engine: PrivacyEngine,
-    model: nn.Module,
-    data: DataSet,
+    done: Fitted,
     record_shape: tuple[int, ...],
     settings: Settings,
     spending: Spending,
-    metrics: Metrics,
-    planned_steps: int,
-    seconds: float,
     device: torch.device,
     argv: Sequence[str],
     out: Path,
 ) -> RunFacts:
     """Everything the report states, taken from the run itself; the ledger's chain is verified here."""
+    engine, data, metrics, planned_steps = done.engine, done.data, done.metrics, done.planned_steps
     plan, recipe = engine.plan, settings.recipe
     entries = spending.verify()
     ledger = spending.open(out)
@@ -63,11 +59,12 @@ def facts_of(
             unit=plan.event.unit,
             adjacency=plan.adjacency,
         ),
+        meaning=meaning(spent, delta=settings.delta),
         mechanism=Mechanism(
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             sample_rate=plan.sample_rate,
-            expected_batch_size=plan.expected_batch_size,
+            expected_batch_size=float(plan.expected_batch_size),
             steps=engine.steps,
             planned_steps=planned_steps,
             steps_per_epoch=plan.steps_per_epoch,
@@ -77,7 +74,7 @@ def facts_of(
         ),
         training=Training(
             model=recipe.model,
-            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            parameters=sum(p.numel() for p in done.model.parameters() if p.requires_grad),
             optimizer=recipe.optimizer,
             lr=recipe.lr,
             lr_schedule=recipe.lr_schedule,
@@ -88,7 +85,7 @@ def facts_of(
             averaging=recipe.averaging,
             seed=settings.seed,
             device=str(device),
-            seconds=seconds,
+            seconds=done.seconds,
             stopped_by_budget=engine.stopped and engine.steps < planned_steps,
             own_model=":" in recipe.model,
         ),
@@ -113,7 +110,8 @@ def facts_of(
         accuracy=metrics.epochs[-1].test_accuracy,
         steps=tuple(metrics.steps),
         epochs=tuple(metrics.epochs),
-        epsilon_at=tuple((d, float(compose(spent, delta=d))) for d in OTHER_DELTAS) if private else (),
+        epsilon_at=profile(spent) if private else (),
+        trade_off=trade_off(spent) if private else (),
         private_metrics=settings.private_metrics,
         versions=_versions(),
         command=shlex.join(["sfumato", *argv]),
@@ -132,6 +130,7 @@ def result_of(facts: RunFacts, folder: Path, model_name: str) -> Result:
         "steps": mechanism.steps,
         "report": str(report),
         "private": math.isfinite(guarantee.epsilon),
+        **meaning_json(facts.meaning),
         "noise_multiplier": mechanism.noise_multiplier,
         "sample_rate": mechanism.sample_rate,
         "max_grad_norm": mechanism.max_grad_norm,
@@ -146,6 +145,7 @@ def result_of(facts: RunFacts, folder: Path, model_name: str) -> Result:
         f"{facts.training.model} on {facts.data.name}: test accuracy {100 * facts.accuracy:.2f} % after "
         f"{mechanism.steps:,} steps{stopped} ({facts.training.seconds:.1f} s, sigma {mechanism.noise_multiplier:.4g})\n"
         f"{plain_sentence(guarantee)}\n"
+        f"{attack_sentence(guarantee, facts.meaning)}\n"
         f"report: {report}"
     )
     return Result(data, text)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import ConfigurationError
 
 LEDGER_NAME = "ledger.db"
-SQLITE_SIDE_FILES = ("-wal", "-shm")
+SIDE_FILES = ("-wal", "-shm", ".seal")
 
 
 def check_free(out: Path) -> None:
@@ -64,7 +64,7 @@ class RunFolder:
         kept = None
         if keep_ledger and (self.path / LEDGER_NAME).exists():
             kept = _unused(self.out.with_name(f"{self.out.name}.spent-{LEDGER_NAME}"))
-            for suffix in SQLITE_SIDE_FILES:  # first, so that the ledger never stands without its journal
+            for suffix in SIDE_FILES:  # first, so that the ledger never stands without its journal
                 if (side := self.path / f"{LEDGER_NAME}{suffix}").exists():
                     os.replace(side, f"{kept}{suffix}")
             os.replace(self.path / LEDGER_NAME, kept)

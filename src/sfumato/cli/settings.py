@@ -34,7 +34,16 @@ class Settings:
     private_metrics: bool
 
 
-def add_arguments(parser: ArgumentParser) -> None:
+def add_target(parser: ArgumentParser) -> None:
+    """Flags for how much privacy one training may cost."""
+    add = parser.add_argument
+    # fmt: off
+    add("--epsilon", type=float, help="privacy budget; training ends before the step that would exceed it")
+    add("--noise-multiplier", type=float, help="noise over clipping norm; default: what --epsilon allows")
+    # fmt: on
+
+
+def add_arguments(parser: ArgumentParser, *, out: str, budget: str) -> None:
     """Flags; a hyperparameter that is not given comes from the recipe of the data set."""
     add = parser.add_argument
     # fmt: off
@@ -47,9 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--image-size", type=int, help="resize images of a folder to this many pixels squared")
     add("--model", type=str,
         help="linear, mlp, cnn, tramer_boneh, papernot, scattering, energy, or package.module:factory")
-    add("--epsilon", type=float, help="privacy budget; training ends before the step that would exceed it")
     add("--delta", type=float, default=DEFAULT_DELTA, help="delta of the guarantee (default 1e-5)")
-    add("--noise-multiplier", type=float, help="noise over clipping norm; default: what --epsilon allows")
     add("--epochs", type=int, help="passes over the data (expected)")
     add("--batch-size", type=int, help="expected records per step; each is drawn independently")
     add("--lr", type=float, help="learning rate")
@@ -63,27 +70,32 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, help="initialisation; noise and record selection are never seeded")
     add("--device", type=str, default="auto", choices=list(DEVICES), help="auto (default), cpu or cuda")
     add("--ledger", type=str, metavar="FILE.db",
-        help="ledger shared by several runs on the same records; --epsilon is then the budget of all of them")
+        help=f"ledger shared by several runs on the same records; {budget} is then the budget of all of them")
     add("--no-private-metrics", action="store_true",
         help="leave un-noised training loss, accuracy and clip rate out of the screen, the report and metrics.jsonl")
-    add("--out", type=str, default="run", help="new folder for model, ledger, metrics and report (default: run)")
+    add("--verbose", action="store_true", help="print the privacy metrics of each step or epoch on standard error")
+    add("--out", type=str, default=out, help=f"new folder for everything that is written (default: {out})")
     # fmt: on
 
 
-def check(options: Namespace) -> None:
-    """Raise :class:`ConfigurationError` for a value no data set could make sense of."""
+def check_target(options: Namespace) -> None:
+    """Raise :class:`ConfigurationError` unless the flags of :func:`add_target` say how much may be spent."""
     if options.epsilon is None and options.noise_multiplier is None:
         raise ConfigurationError("give a budget with --epsilon, or the noise with --noise-multiplier")
-    _positive("--epsilon", options.epsilon)
-    if not 0 < options.delta < 1:
-        raise ConfigurationError(f"--delta must lie between 0 and 1, got {options.delta:g}")
+    positive("--epsilon", options.epsilon)
     sigma = options.noise_multiplier
     if sigma is not None and not (math.isfinite(sigma) and sigma >= 0):
         raise ConfigurationError(f"--noise-multiplier must be 0 or more, got {sigma:g}")
     if sigma == 0 and options.epsilon is not None:
         raise ConfigurationError("--noise-multiplier 0 adds no noise, so no --epsilon can hold")
+
+
+def check(options: Namespace) -> None:
+    """Raise :class:`ConfigurationError` for a value no data set could make sense of."""
+    if not 0 < options.delta < 1:
+        raise ConfigurationError(f"--delta must lie between 0 and 1, got {options.delta:g}")
     for name in ("lr", "max_grad_norm", "epochs", "batch_size", "max_physical_batch_size"):
-        _positive("--" + name.replace("_", "-"), options[name])
+        positive("--" + name.replace("_", "-"), options[name])
     if options.momentum is not None and not 0 <= options.momentum < 1:
         raise ConfigurationError(f"--momentum must lie in [0, 1), got {options.momentum:g}")
     if options.seed is not None and not 0 <= options.seed < 2**63:
@@ -127,6 +139,7 @@ def parse_averaging(text: str) -> tuple[str, float]:
     return kind, value
 
 
-def _positive(flag: str, value: float | None) -> None:
+def positive(flag: str, value: float | None) -> None:
+    """Raise :class:`ConfigurationError` unless ``value`` is None or a finite number above 0."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ConfigurationError(f"{flag} must be greater than 0, got {value:g}")

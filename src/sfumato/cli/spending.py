@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..accounting import Event, Ledger, compose
 from ..errors import BudgetExceeded, LedgerError, PrivacyError
-from .run_folder import LEDGER_NAME, SQLITE_SIDE_FILES
+from .run_folder import LEDGER_NAME, SIDE_FILES
 
 
 class Spending:
@@ -60,6 +60,6 @@ class Spending:
         spent = len(ledger.entries()) > self.earlier_entries
         ledger.close()
         if self._fresh and not spent:
-            for suffix in ("", *SQLITE_SIDE_FILES):
+            for suffix in ("", *SIDE_FILES):
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
         return spent

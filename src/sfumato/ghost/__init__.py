@@ -1,7 +1,7 @@
 """Per-sample gradients of any model, in one backward: capture, rules, tape, fallback ladder."""
 
 from sfumato.ghost.capture import Capture
-from sfumato.ghost.clip import Norms, clipped, total_norms, wide_dtype
+from sfumato.ghost.clip import Norms, Weighed, clipped, total_norms, wide_dtype
 from sfumato.ghost.entry import install, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
 from sfumato.ghost.guard import Guard
@@ -15,6 +15,7 @@ __all__ = [
     "Norms",
     "Parts",
     "Tape",
+    "Weighed",
     "by_unit",
     "clipped",
     "collect",

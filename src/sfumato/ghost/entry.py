@@ -47,6 +47,8 @@ class _Forward:
         else:
             install(c)
         c.refresh()
+        if not c.parameters and _apart(c, args, kwargs):
+            return self.__wrapped__(*args, **kwargs)
         with c, c.returning():
             admit(c, self.module, args, kwargs)
             if c.probing and self.module not in c.probed:
@@ -141,6 +143,23 @@ class _Forward:
 
     def __reduce__(self) -> Any:
         return getattr, (self.module, "forward")
+
+
+def _apart(c: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether another model learns through this one, frozen as a whole: nothing private can be reached from here."""
+    computed = [t.grad_fn for t in indexing.tensors(args, kwargs) if t.grad_fn is not None]
+    anchor = c.tape.anchor.expand_as(c.tape.anchor).grad_fn
+    if not computed or anchor is None:
+        return False
+    end, seen = anchor.next_functions[0][0], set()
+    while computed:
+        node = computed.pop()
+        if node is end:
+            return False
+        if node not in seen:
+            seen.add(node)
+            computed += [n for n, _ in node.next_functions if n is not None]
+    return True
 
 
 def _refuse_reentrant_checkpoint(name: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato import _validate
+from sfumato.clipping import Clip, chosen, group_of
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnclippedGradient
 from sfumato.ghost import entry
 from sfumato.ghost.capture import Capture
@@ -90,14 +91,17 @@ class record:
     def sq_norms(self) -> Tensor:
         """Squared norms of the per-sample gradients over all trainable parameters, shape (B,)."""
         norms = total_norms(self._terms(), self._records)
-        return (norms.sq * self._scale**2).to(wide_dtype(self._capture.parameters.values()))
+        return (norms.total * self._scale**2).to(wide_dtype(self._capture.parameters.values()))
 
-    def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
-        """{name: Σ_b min(1, C / ‖G_b‖)·G_b}, shape of the parameter; zeros for a parameter the loss did not reach."""
+    def clipped_sum(self, max_grad_norm: float, clipping: str | Clip = "flat") -> dict[str, Tensor]:
+        """{name: Σ_b w_b·G_b}, shape of the parameter; zeros for a parameter the loss did not reach.
+
+        ``clipping`` says what the weights are, as in ``make_private``; min(1, C / ‖G_b‖) if it is "flat".
+        """
         _validate.positive("max_grad_norm", max_grad_norm)
-        parts, parameters = self._terms(), self._capture.parameters
-        norms = total_norms(parts, self._records)
-        sums, _ = clipped(parts, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale)
+        parts, parameters, clip = self._terms(), self._capture.parameters, chosen(clipping)
+        norms = total_norms(parts, self._records, group_of(clip, parameters))
+        sums, _ = clipped(parts, norms, max_grad_norm, wide_dtype(parameters.values()), self._scale, clip=clip)
         return {n: sums[n] if n in sums else torch.zeros_like(p, dtype=wide_dtype([p])) for n, p in parameters.items()}
 
     @torch.no_grad()

@@ -1,8 +1,12 @@
 """The privacy report: facts of one run -> ``report.json`` and a self-contained ``report.html``."""
 
-from .facts import Data, EpochRow, Guarantee, LedgerFacts, Mechanism, RunFacts, StepRow, Training
+from .explain import attack_sentence, percent, plain_text
+from .facts import Data, EpochRow, Guarantee, LedgerFacts, Meaning, Mechanism, RunFacts, StepRow, Training
+from .markdown import as_card, as_markdown
+from .read import read_metrics, read_report
+from .risk import meaning, profile, trade_off
 from .words import at_least, at_most, plain_sentence
-from .write import HTML_NAME, JSON_NAME, write
+from .write import HTML_NAME, JSON_NAME, as_html, as_json, meaning_json, strict, write
 
 __all__ = [
     "HTML_NAME",
@@ -11,12 +15,27 @@ __all__ = [
     "EpochRow",
     "Guarantee",
     "LedgerFacts",
+    "Meaning",
     "Mechanism",
     "RunFacts",
     "StepRow",
     "Training",
+    "as_card",
+    "as_html",
+    "as_json",
+    "as_markdown",
     "at_least",
     "at_most",
+    "attack_sentence",
+    "meaning",
+    "meaning_json",
+    "percent",
     "plain_sentence",
+    "plain_text",
+    "profile",
+    "read_metrics",
+    "read_report",
+    "strict",
+    "trade_off",
     "write",
 ]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .facts import RunFacts
-from .words import attack_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,12 +128,11 @@ def _profile(facts: RunFacts) -> Curve | None:
 
 
 def _attack(facts: RunFacts) -> Curve | None:
-    bounds = attack_bounds(facts.guarantee, [i / 400 for i in range(401)])
-    if not bounds:
+    if not facts.trade_off:
         return None
 
     def draw(axes: Axes) -> None:
-        alarms, found = zip(*((100 * a, 100 * p) for a, p in bounds), strict=True)
+        alarms, found = zip(*((100 * a, 100 * p) for a, p in facts.trade_off), strict=True)
         axes.plot(alarms, found, color=TEAL, linewidth=2, label="at most")
         axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":", label="guessing")
         axes.set(xlabel="false alarms in %", ylabel="members found in %", xlim=(0, 100), ylim=(0, 102))

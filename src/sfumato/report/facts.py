@@ -17,6 +17,22 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What (ε, δ) rules out; every number is an upper bound.
+
+    ``advantage``: of any membership attack, detection less false alarms; ``detection``: ((false-alarm rate, highest
+    detection rate), …) of any attack, from the whole δ(ε) curve. ``unamplified``: ε of the same releases if nobody
+    gained from random batches (each record once an epoch), None where no sampling is counted on. ``groups``: ((k, ε),
+    …) for k units together at the same δ.
+    """
+
+    advantage: float
+    detection: tuple[tuple[float, float], ...]
+    unamplified: float | None
+    groups: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Mechanism:
     """The plan that sampler, noise and accounting event were all derived from.
 
@@ -107,9 +123,14 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything one report needs. ``epsilon_at``: ((δ, ε), …) of the same run for other δ."""
+    """Everything one report needs.
+
+    ``epsilon_at``: ((δ, ε), …) of the same run for other δ; ``trade_off``: ((false-alarm rate, highest detection
+    rate), …), the whole curve. Both are empty where nothing is guaranteed.
+    """
 
     guarantee: Guarantee
+    meaning: Meaning
     mechanism: Mechanism
     training: Training
     data: Data
@@ -118,6 +139,7 @@ class RunFacts:
     steps: tuple[StepRow, ...]
     epochs: tuple[EpochRow, ...]
     epsilon_at: tuple[tuple[float, float], ...]
+    trade_off: tuple[tuple[float, float], ...]
     private_metrics: bool
     versions: tuple[tuple[str, str], ...]
     command: str

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from .facts import Guarantee, RunFacts
 
 NEIGHBOUR = {
     "add-remove": "adding or removing one {unit}",
     "zero-out": "replacing one {unit} by an empty one",
+    "replace-one": "replacing one {unit} by any other",
 }
 NOT_PRIVATE = "No privacy guarantee: no noise was added (noise multiplier 0), so ε is infinite."
 
@@ -35,23 +36,6 @@ def coverage(facts: RunFacts) -> str:
         f"Covered: the model's parameters after every one of the {facts.mechanism.steps:,} steps taken together"
         f"{averaged}, and everything computed from them without looking at the training data again."
     )
-
-
-def attack_bounds(
-    guarantee: Guarantee, false_alarms: Sequence[float] = (0.001, 0.01, 0.1)
-) -> list[tuple[float, float]]:
-    """((false-alarm rate, highest possible detection rate), …) of any membership attack.
-
-    For every test between neighbours, detection <= min(e^ε·α + δ, 1 - e^-ε·(1 - δ - α))
-    (Wasserman, Zhou 2010, theorem 2.4; Kairouz, Oh, Viswanath 2015, theorem 2.1).
-    """
-    if not math.isfinite(guarantee.epsilon):
-        return []
-    grow, shrink = math.exp(guarantee.epsilon), math.exp(-guarantee.epsilon)
-    return [
-        (alpha, min(1.0, grow * alpha + guarantee.delta, 1.0 - shrink * (1.0 - guarantee.delta - alpha)))
-        for alpha in false_alarms
-    ]
 
 
 def not_covered(facts: RunFacts) -> list[str]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from .assumptions import assumptions
 from .curves import curves
-from .facts import RunFacts
-from .words import at_least, at_most, attack_bounds, coverage, not_covered, number, plain_sentence
+from .explain import explained, percent
+from .facts import Meaning, RunFacts
+from .ranges import CONTEXT, SETTINGS
+from .words import at_least, at_most, coverage, not_covered, number, plain_sentence
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write(facts: RunFacts, folder: Path) -> None:
@@ -35,9 +37,10 @@ def as_json(facts: RunFacts) -> dict[str, object]:
         "guarantee": asdict(facts.guarantee),
         "mechanism": asdict(facts.mechanism) | {"tiers": dict(facts.mechanism.tiers)},
         "attack_bounds": [
-            {"false_alarm_rate": alpha, "detection_rate_at_most": power}
-            for alpha, power in attack_bounds(facts.guarantee)
+            {"false_alarm_rate": alpha, "detection_rate_at_most": power} for alpha, power in facts.meaning.detection
         ],
+        "meaning": meaning_json(facts.meaning),
+        "usual_values": [asdict(setting) for setting in SETTINGS],
         "assumptions": [asdict(item) for item in assumptions(facts)],
         "results": {"test_accuracy": facts.accuracy},
         "training": asdict(facts.training),
@@ -49,6 +52,7 @@ def as_json(facts: RunFacts) -> dict[str, object]:
             "steps": [{k: v for k, v in asdict(row).items() if v is not None} for row in facts.steps],
             "epochs": [asdict(row) for row in facts.epochs],
         },
+        "private_metrics": facts.private_metrics,
         "versions": dict(facts.versions),
         "command": facts.command,
         "finished": facts.finished,
@@ -58,8 +62,40 @@ def as_json(facts: RunFacts) -> dict[str, object]:
     return cleaned
 
 
+def meaning_json(meaning: Meaning) -> dict[str, object]:
+    """Plain data with the keys that the command line prints as well; infinity as null."""
+    cleaned = strict(
+        {
+            "advantage": meaning.advantage,
+            "tpr": {f"{alarms:g}": power for alarms, power in meaning.detection},
+            "amplified_by_sampling": meaning.unamplified is not None,
+            "epsilon_without_amplification": meaning.unamplified,
+            "group_epsilon": {str(k): value for k, value in meaning.groups},
+        }
+    )
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
 def as_html(facts: RunFacts) -> str:
     """One page with everything inline."""
+    return page(
+        "template.html.j2",
+        facts=facts,
+        private=math.isfinite(facts.guarantee.epsilon),
+        sentence=plain_sentence(facts.guarantee),
+        coverage=coverage(facts),
+        explained=explained(facts.guarantee, facts.meaning),
+        settings=SETTINGS,
+        context=CONTEXT,
+        not_covered=not_covered(facts),
+        assumptions=assumptions(facts),
+        curves=curves(facts),
+    )
+
+
+def page(template: str, **values: object) -> str:
+    """A template of this package filled in; what comes from outside is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -69,17 +105,8 @@ def as_html(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "at_most": at_most, "at_least": at_least}
-    return environment.get_template("template.html.j2").render(
-        facts=facts,
-        private=math.isfinite(facts.guarantee.epsilon),
-        sentence=plain_sentence(facts.guarantee),
-        coverage=coverage(facts),
-        bounds=attack_bounds(facts.guarantee),
-        not_covered=not_covered(facts),
-        assumptions=assumptions(facts),
-        curves=curves(facts),
-    )
+    environment.filters |= {"number": number, "at_most": at_most, "at_least": at_least, "percent": percent}
+    return environment.get_template(template).render(**values)
 
 
 def strict(value: object) -> object:

@@ -1,7 +1,7 @@
 """The private loader: draws logical batches, cuts them into microbatches, and hands the session a token for each."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,22 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from sfumato.errors import ConfigurationError, PrivacyError, TokenError, UnsupportedError
-from sfumato.plan import Plan
-from sfumato.sampling import Poisson, Units, draw_poisson, physical, physical_units, shuffle_epoch
+from sfumato.sampling import (
+    CyclicPoisson,
+    Shuffle,
+    TruncatedPoisson,
+    Units,
+    draw_cyclic,
+    draw_poisson,
+    draw_truncated,
+    pad,
+    physical,
+    physical_units,
+    shuffle_epoch,
+)
 from sfumato.session.collate import in_order
-from sfumato.session.step import Session, Token
+from sfumato.session.step import Session
+from sfumato.session.token import Token
 
 
 def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
@@ -23,10 +35,6 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
             f"data_loader is a {type(loader).__name__}, not a torch.utils.data.DataLoader.",
             found=type(loader).__name__,
             where="data_loader",
-        )
-    if isinstance(loader, PrivateLoader):
-        raise UnsupportedError(
-            "data_loader is already private.", where="data_loader", fix="pass the original DataLoader."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise UnsupportedError(
@@ -58,41 +66,63 @@ def inspect(loader: DataLoader[Any]) -> tuple[int, int]:
     return loader.batch_size, len(loader.dataset)  # type: ignore[arg-type]
 
 
+def plain(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader behind a private one; any other as it is."""
+    return loader.base if isinstance(loader, PrivateLoader) else loader
+
+
 class _Draws:
     """A batch sampler: index lists go to the DataLoader (which may prefetch), a token for each to ``tokens``."""
 
-    def __init__(self, plan: Plan, uniform: Callable[[int], Any], tokens: deque[Token], units: Units | None):
-        self.plan, self.uniform, self.tokens, self.units = plan, uniform, tokens, units
+    def __init__(self, session: Session, tokens: deque[Token], units: Units | None):
+        self.session, self.tokens, self.units = session, tokens, units
 
     def __len__(self) -> int:
-        return self.plan.steps_per_epoch
+        return self.session.plan.steps_per_epoch
 
-    def logical(self) -> Iterator[Any]:
-        plan = self.plan
-        if isinstance(plan.sampler, Poisson):
-            for _ in range(plan.steps_per_epoch):
-                yield draw_poisson(plan.dataset_size, plan.sample_rate, self.uniform)
-        else:
-            yield from shuffle_epoch(plan.dataset_size, plan.expected_batch_size, self.uniform)
+    def logical(self) -> Iterator[tuple[int, int | None, Any]]:
+        """(turn, period, records or units drawn) of the rest of the epoch."""
+        plan, first = self.session.plan, self.session.turn
+        uniform, n, sampler = self.session.source.uniform, plan.dataset_size, plan.sampler
+        if isinstance(sampler, Shuffle):  # every epoch is a period of its own, whole or not
+            batches = shuffle_epoch(n, plan.expected_batch_size, uniform)
+            for k, batch in enumerate(batches[self.session.epoch_step :]):
+                yield first + k, first, batch
+            return
+        for turn in range(first, first + plan.steps_per_epoch - self.session.epoch_step):
+            if isinstance(sampler, CyclicPoisson):
+                yield turn, turn // sampler.cycle, draw_cyclic(n, plan.sample_rate, sampler.cycle, turn, uniform)
+            elif isinstance(sampler, TruncatedPoisson):
+                yield turn, None, draw_truncated(n, plan.sample_rate, sampler.max_batch_size or n, uniform)
+            else:
+                yield turn, None, draw_poisson(n, plan.sample_rate, uniform)
 
     def __iter__(self) -> Iterator[list[int]]:
         self.tokens.clear()
-        for drawn in self.logical():
+        for turn, period, drawn in self.logical():
             parts = self._cut(np.asarray(drawn))
             if not parts:
-                self.tokens.append(Token(0, True, True))
-            for k, (part, unit) in enumerate(parts):
-                self.tokens.append(Token(len(part), k == 0, k == len(parts) - 1, unit=unit))
+                self.tokens.append(Token(0, True, True, turn=turn, period=period))
+            for k, (part, unit, padding) in enumerate(parts):
+                last = k == len(parts) - 1
+                self.tokens.append(Token(len(part), k == 0, last, None, False, unit, padding, turn, period))
                 yield part.tolist()
 
-    def _cut(self, drawn: Any) -> list[tuple[Any, Tensor | None]]:
-        """(records, which unit each belongs to) of every physical batch."""
-        size = self.plan.max_physical_batch_size
+    def _cut(self, drawn: Any) -> list[tuple[Any, Tensor | None, int]]:
+        """(records, which unit each belongs to, how many of them are padding) of every physical batch."""
+        size = self.session.plan.max_physical_batch_size
         if self.units is None:
-            return [(part, None) for part in physical(drawn, size)]
+            parts = physical(drawn, size)
+            if self.session.plan.static_shapes and size is not None:
+                return [(filled, None, size - real) for filled, real in (pad(part, size) for part in parts)]
+            return [(part, None, 0) for part in parts]
         return [
-            (np.concatenate(parts), torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts])))
-            for parts in physical_units(self.units.drawn(drawn, self.uniform), size)
+            (
+                np.concatenate(parts),
+                torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts])),
+                0,
+            )
+            for parts in physical_units(self.units.drawn(drawn, self.session.source.uniform), size)
         ]
 
 
@@ -112,13 +142,14 @@ class PrivateLoader(DataLoader[Any]):
 
     def __init__(self, base: DataLoader[Any], session: Session, units: Units | None = None):
         tokens: deque[Token] = deque()
+        self.base = base
         self._session, self._tokens, self._serial = session, tokens, 0
         workers: dict[str, Any] = {}
         if base.num_workers > 0:
             workers = {"prefetch_factor": base.prefetch_factor, "persistent_workers": base.persistent_workers}
         super().__init__(
             base.dataset,
-            batch_sampler=_Draws(session.plan, session.source.uniform, tokens, units),
+            batch_sampler=_Draws(session, tokens, units),
             num_workers=base.num_workers,
             collate_fn=base.collate_fn if units is None else in_order(base.collate_fn),
             pin_memory=base.pin_memory,
@@ -134,7 +165,8 @@ class PrivateLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         session = self._session
         _refuse_closed(session)
-        session.begin_epoch()
+        session.abandon()
+        session.epoch_step, session.resumed = session.resumed, 0
         self._serial += 1
         serial = self._serial
         batches = super().__iter__()
@@ -147,21 +179,25 @@ class PrivateLoader(DataLoader[Any]):
                 token: Token | None = None
                 while self._tokens and token is None:
                     token = self._tokens.popleft()
-                    if token.first and not session.affordable():
+                    if token.first and not session.affordable(token):
                         session.stopped = True
                         return
                     if token.size == 0:
-                        session.empty()
+                        session.empty(token)
                         token = None
+                        if session.stopped:
+                            return
                 if token is None:
                     return
                 session.issue(token, batch)
                 yield batch
                 if not session.closed:
                     session.settle(token)
+                if session.stopped:
+                    return
         finally:
             if serial == self._serial and not session.closed:
                 session.abandon()
 
 
-__all__ = ["PrivateLoader", "inspect"]
+__all__ = ["PrivateLoader", "inspect", "plain"]

@@ -1,48 +1,19 @@
 """The hot step: clip the tape, accumulate, charge the ledger, add noise, and only then let a gradient be seen."""
 
-import uuid
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.accounting import Budget, Ledger, max_steps
-from sfumato.errors import PrivacyError, TokenError, UnclippedGradient, UnsupportedError
+from sfumato.clipping import Flat, Quantile, group_of, update
+from sfumato.errors import BudgetExceeded, PrivacyError, TokenError, UnclippedGradient, UnsupportedError
 from sfumato.ghost import Capture, Guard, Tape, by_unit, clipped, collect, install, remove, total_norms, wide_dtype
 from sfumato.noise import Research, Secure
-from sfumato.plan import Plan
-from sfumato.sampling import Poisson
-
-
-@dataclass(slots=True)
-class Token:
-    """The right to one backward over one physical microbatch of a logical batch."""
-
-    size: int  # records
-    first: bool
-    last: bool
-    tape: Tape | None = None
-    spent: bool = False
-    unit: Tensor | None = None  # which unit each record belongs to; None: each is one
-
-    @property
-    def units(self) -> int:
-        """Those that are clipped: records, or users with all records of theirs that were drawn."""
-        return self.size if self.unit is None else int(self.unit[-1]) + 1
-
-
-@dataclass(slots=True)
-class StepFacts:
-    """Un-noised facts about the last release: diagnostics on private data, not covered by the guarantee."""
-
-    batch_size: int = 0
-    clipped: int = 0
-    empty: bool = True
-
-    @property
-    def clip_fraction(self) -> float:
-        """Share of the batch whose gradient was scaled down."""
-        return self.clipped / self.batch_size if self.batch_size else 0.0
+from sfumato.plan import Plan, StepPlan
+from sfumato.session.charging import Charging
+from sfumato.session.release import log, noised
+from sfumato.session.token import StepFacts, Token
 
 
 @dataclass
@@ -50,44 +21,47 @@ class Session:
     """One private training: one model, one plan, one ledger."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     plan: Plan
     source: Secure | Research
-    ledger: Ledger
-    budget: Budget | None = None
+    charging: Charging
     batch_dim: int = 0
     grad_scaler: "torch.amp.GradScaler | None" = None
     check_first_batch: bool = False
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self._violated)
         self.capture = Capture(self.module, self.batch_dim, self.plan.loss_reduction, self._watch)
         self.capture.probing = self.check_first_batch
         self.closed = False
-        self._limit: int | None = None
-        self._foreign = -1
         self.steps = 0
+        self.turn = 0  # the sampler's next draw
+        self.epoch_step = 0  # logical steps of the current epoch that are released
+        self.resumed = 0  # of them, those that an earlier life of this training released
+        self.bound: float | None = None  # the current C under quantile clipping: computed from released counts
         self.stopped = False
         self.last_step = StepFacts()
         self._facts = StepFacts()
         self._token: Token | None = None
         self._poisoned = False
         self._skipped = False
-        self._epoch_paid = False
+        self._now: StepPlan | None = None
+        self._within = 0.0  # units within the bound, less half of those drawn
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
         self._owners: dict[str, Tensor] = {}  # the parameters that _sums belong to
         self.capture.refresh()
         install(self.capture)
-        self._step_hook = self.optimizer.register_step_pre_hook(self._check_optimizer)
+        self._step_hooks = [o.register_step_pre_hook(self._check_optimizer) for o in self.optimizers]
         for p in self.module.parameters():
             p.grad = None  # a gradient from before this engine is not private
 
     def close(self) -> None:
         self.abandon()
         self.closed = True
-        self._step_hook.remove()
+        self.charging.settle()
+        for hook in self._step_hooks:
+            hook.remove()
         self.guard.release()
         remove(self.capture)
 
@@ -124,6 +98,7 @@ class Session:
         """Hand out one microbatch. A logical batch that was left unfinished is discarded, never merged."""
         if token.first:
             self.abandon()
+            self._begin(token)
         self.capture.refresh()
         install(self.capture)
         token.tape = self.capture.open(self._complete, token.size)
@@ -139,7 +114,13 @@ class Session:
         self._carried.clear()
         self._owners.clear()
         self._facts = StepFacts()
+        self._now, self._within = None, 0.0
         self.capture.close()
+
+    def _begin(self, token: Token) -> None:
+        """The numbers of this logical batch: the same for all its microbatches and for its noise."""
+        self.turn = token.turn + 1
+        self._now = self.plan.at(self.steps, self.bound)
 
     def settle(self, token: Token) -> None:
         """Called when the loop comes back for more: a logical batch is released whole or not at all.
@@ -165,39 +146,38 @@ class Session:
                 fix="call backward() on every batch (a record that is not finite weighs 0); look under no_grad().",
             )
 
-    def begin_epoch(self) -> None:
-        """A new pass over the records: under Shuffle, its first release pays for all of it."""
-        self.abandon()
-        self._epoch_paid = False
+    def change(self, **numbers: float) -> None:
+        """Other numbers from the next logical batch on; they may depend on what was released so far."""
+        if self._sums or (self._token is not None and self._token.spent and not self._token.last):
+            raise PrivacyError(
+                "A logical batch is half done: its records were clipped to the old bound, so its noise is for that.",
+                fix="change the numbers between logical batches.",
+            )
+        self.plan = replace(self.plan, adaptive=True, **numbers)  # type: ignore[arg-type]
+        if "max_grad_norm" in numbers:
+            self.bound = None
 
-    def affordable(self) -> bool:
-        """Whether the budget allows the next logical batch, after all that this ledger holds by now."""
-        shuffled = not isinstance(self.plan.sampler, Poisson)
-        if self.budget is None or (shuffled and self._epoch_paid):
-            return True
-        events = self.ledger.events()
-        foreign = sum(events.values()) - self.steps
-        if shuffled or foreign != self._foreign:
-            left = max_steps(events, self.plan.event, epsilon=self.budget.epsilon, delta=self.budget.delta)
-            if shuffled:
-                return left > 0
-            self._foreign, self._limit = foreign, self.steps + left
-        return self._limit is None or self.steps < self._limit
+    def affordable(self, token: Token) -> bool:
+        """Whether the budget allows the logical batch that ``token`` begins."""
+        return self.charging.affordable(self.plan, self.steps, token.period)
 
-    def empty(self) -> None:
+    def empty(self, token: Token) -> None:
         """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
         self.abandon()
+        self._begin(token)
         self.capture.refresh()
         for p in self.module.parameters():
             p.grad = None
         if self.grad_scaler is not None:
             self.grad_scaler.scale(torch.zeros(()))  # a scaler has no scale before it first scales something
-        self._release()
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(self.optimizer)
+        self._release(token)
+        for optimizer in () if self.stopped else self.optimizers:
+            if self.grad_scaler is not None:
+                self.grad_scaler.step(optimizer)
+            else:
+                optimizer.step()
+        if self.grad_scaler is not None and not self.stopped:
             self.grad_scaler.update()
-        else:
-            self.optimizer.step()
         for p in self.module.parameters():
             p.grad = None
 
@@ -238,7 +218,7 @@ class Session:
             self._discard()  # a batch that failed in part is not released in part
             raise
         if token.last:
-            self._release()
+            self._release(token)
 
     def _watch_thawed(self) -> None:
         """A parameter unfrozen since the forward has no term on the tape; a gradient of it is autograd's own."""
@@ -270,12 +250,17 @@ class Session:
         scale = (token.size if self.plan.loss_reduction == "mean" else 1) / self._loss_scale
         if token.unit is not None and token.units < token.size:
             parts = by_unit(parts, token.unit, token.units)
-        norms = total_norms(parts, token.units)
+        now = self._current
+        clip, size = self.plan.clipping, token.units
+        norms = total_norms(parts, size, group_of(clip, parameters))
         dtype = wide_dtype(parameters.values())
-        sums, weights = clipped(parts, norms, self.plan.max_grad_norm, dtype, scale, self._unit)
-        self._facts.batch_size += token.units
-        self._facts.clipped += int((weights < 1).sum())
+        padding = torch.arange(size) >= size - token.padding if token.padding else None
+        sums, weighed = clipped(parts, norms, now.max_grad_norm, dtype, scale, self._unit, clip=clip, mask=padding)
+        within = int((weighed.norms <= now.max_grad_norm).sum())
+        self._facts.batch_size += len(weighed.norms)
+        self._facts.clipped += len(weighed.norms) - within if clip == Flat() else int((weighed.weights < 1).sum())
         self._facts.empty = False
+        self._within += within - len(weighed.norms) / 2
         for name, total in sums.items():
             if name in self._sums and self._sums[name].shape != total.shape:
                 self._discard()
@@ -297,15 +282,21 @@ class Session:
                 fix='let the criterion sum (reduction="sum") and say loss_reduction="sum".',
             )
 
-    def _release(self) -> None:
+    def _release(self, token: Token) -> None:
         """Charge, then noise, then p.grad: in this order and nowhere else."""
-        plan = self.plan
-        pays = isinstance(plan.sampler, Poisson) or not self._epoch_paid
-        self.ledger.append(
-            plan.event if pays else plan.covered, run=self.run, step=self.steps, note=f"noise: {plan.noise_level}"
-        )
-        self._epoch_paid = True
-        released = self._noised() if plan.noise_std else self._sums
+        now = self._current
+        try:
+            self.charging.pay(self.plan, self.steps, token.period)
+        except BudgetExceeded:  # another process has spent it since the batch was drawn
+            self._discard()
+            self._poisoned, self.stopped = False, True
+            if self.grad_scaler is not None:  # its step() insists on gradients
+                for p in self.capture.parameters.values():
+                    p.grad = torch.zeros_like(p)
+            return
+        released = self._sums
+        if now.noise_std:
+            released = noised(self._sums, self.capture.parameters, now.noise_std * self._unit, self.source)
         for name, p in self.capture.parameters.items():
             grad = released[name] if name in released else torch.zeros_like(p)
             if self.grad_scaler is not None:
@@ -316,11 +307,39 @@ class Session:
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad
             p.grad = grad if before is None else before + grad
+        self._adapt(now)
         self.steps += 1
+        self.epoch_step += 1
         self.last_step = self._facts
         self._facts = StepFacts()
         self._sums.clear()
         self._carried.clear()
+        log(self.charging, self.plan, now, self.steps)
+
+    def _adapt(self, now: StepPlan) -> None:
+        """Move the bound by the noisy count (Andrew et al. 2021, algorithm 1), for which this step's event has paid."""
+        if not isinstance(self.plan.clip_schedule, Quantile):
+            return
+        noise = self.source.normal((1,), std=now.count_noise_std or 0.0, dtype=torch.float64)
+        fraction = (self._within + float(noise)) / self.plan.expected_batch_size + 0.5
+        self.bound = update(self.plan.clip_schedule, now.max_grad_norm, fraction, self.steps)
+        self._within = 0.0
+
+    @property
+    def _current(self) -> StepPlan:
+        if self._now is None:
+            raise PrivacyError("No logical batch has begun.", fix="iterate over the private loader.")
+        return self._now
+
+    @property
+    def left(self) -> int | None:
+        """Charges that the budget still allows; None without a budget."""
+        return self.charging.left(self.plan, self.steps)
+
+    @property
+    def next_step(self) -> StepPlan:
+        """The numbers of the step that comes next."""
+        return self.plan.at(self.steps, self.bound)
 
     @property
     def _loss_scale(self) -> float:
@@ -331,22 +350,6 @@ class Session:
         """Sum to p.grad: a public constant."""
         return 1.0 / self.plan.expected_batch_size
 
-    def _noised(self) -> dict[str, Tensor]:
-        """The sums plus N(0, (unit·σC)²), for every trainable parameter: one draw a dtype and device, cut to shape."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-        parameters = self.capture.parameters
-        for name, p in parameters.items():
-            kinds.setdefault((wide_dtype([p]), p.device), []).append(name)
-        out: dict[str, Tensor] = {}
-        for (dtype, device), names in kinds.items():
-            sizes = [parameters[n].numel() for n in names]
-            flat = self.source.normal((sum(sizes),), std=self.plan.noise_std * self._unit, dtype=dtype, device=device)
-            for name, piece in zip(names, flat.split(sizes), strict=True):
-                out[name] = piece.view_as(parameters[name])
-                if name in self._sums:
-                    out[name] += self._sums.pop(name)
-        return out
-
     # -- violations -------------------------------------------------------------------------------------------------
 
     def _discard(self) -> None:
@@ -354,6 +357,7 @@ class Session:
         self._sums.clear()
         self._carried.clear()
         self._facts = StepFacts()
+        self._within = 0.0
         for p in self.module.parameters():
             p.grad = None
 

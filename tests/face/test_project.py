@@ -57,6 +57,8 @@ def callables(owner: object, prefix: str = "sfumato") -> Iterator[tuple[str, Cal
     """Every public function, class and method that is reached through ``__all__``."""
     for name in getattr(owner, "__all__", None) or (n for n in vars(owner) if not n.startswith("_")):
         value, path = getattr(owner, name), f"{prefix}.{name}"
+        if not getattr(value, "__module__", "sfumato").startswith("sfumato"):
+            continue  # what a module imports
         if inspect.ismodule(value):
             if not value.__name__.startswith("sfumato"):
                 continue  # what a module imports
@@ -177,11 +179,14 @@ def test_readme_shows_the_two_commands_and_ci_runs_the_second() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_readme_example_runs_and_keeps_its_promise() -> None:
+def test_readme_example_runs_and_keeps_its_promise(tmp_path: Path) -> None:
     """The blocks of the README are one session."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S))
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"\d for the record with the most; \d+ steps are left", done.stdout), done.stdout
+    assert {"digits.db", "digits.ckpt"} <= {p.name for p in tmp_path.iterdir()}
     assert re.search(r"BatchNorm2d.*No problem found", done.stdout, flags=re.S), done.stdout
     match = re.search(r"accuracy (\d\.\d+) at epsilon (\d\.\d+)", done.stdout)
     assert match, done.stdout

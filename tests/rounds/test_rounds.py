@@ -177,6 +177,15 @@ def test_bad_names(options: dict[str, Any]) -> None:
         train(sf.PrivacyEngine(), nn.Linear(4, 3), records(), **options)
 
 
+def test_a_record_that_a_subset_lists_twice_is_refused() -> None:
+    data = records()
+    for again in ([0, 1, 2, 0], [1, 5, -399]):
+        with pytest.raises(UnsupportedError, match="2 times"):
+            train(sf.PrivacyEngine(), nn.Linear(4, 3), Subset(data, again))
+    twice = Subset(data, [*range(40), 0])
+    train(sf.PrivacyEngine(), nn.Linear(4, 3), twice, privacy_unit=list(twice.indices))
+
+
 class Gan(nn.Module):
     """Both players in one module."""
 

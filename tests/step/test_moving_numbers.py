@@ -72,7 +72,7 @@ def test_one_record_moves_each_sum_by_at_most_the_bound_of_its_step(
 
 
 def test_per_layer_sums_are_bounded_in_quadrature() -> None:
-    whole, bounds = sums(list(range(N)), clipping="per-layer", max_grad_norm=2.0)
+    whole, _ = sums(list(range(N)), clipping="per-layer", max_grad_norm=2.0)
     less, _ = sums(list(range(N - 1)), clipping="per-layer", max_grad_norm=2.0)
     moved = {n: whole[0][n] - less[0][n] for n in whole[0]}
     share = 2.0 / math.sqrt(len(moved))

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from sfumato.accounting import Records
-from sfumato.errors import ConfigurationError
+from sfumato.errors import ConfigurationError, UnsupportedError
 from sfumato.sampling import Units
 from sfumato.session.charging import Scope
 
@@ -21,19 +22,22 @@ def scope_of(
     """The scope of a training on ``data``.
 
     Record i of a data set is the same record in every round if its base (below any ``Subset``) has the same content,
-    or if the caller says so by giving it a name. ``pseudonym`` hides the content's hash, which is data. Otherwise nothing
-    is claimed: such rounds are charged as if all of them touched the same records.
+    or if the caller says so by giving it a name. ``pseudonym`` hides the hash, which is data. Otherwise nothing is
+    claimed: such rounds are charged as if all of them touched the same records.
     """
     for name, value in (("dataset", dataset), ("group", group)):
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigurationError(f"{name}={value!r} is not a non-empty string.", found=value, where=name)
-    if group is not None:  # the caller has said whose records they are; groups are disjoint by that word
-        return Scope(dataset, group)
     base, chosen = data, None
     while type(base) is Subset:
         own = np.asarray(base.indices, dtype=np.int64)
         chosen = own if chosen is None else own[chosen]
         base = base.dataset
+    if chosen is not None and units is None:
+        chosen = np.where(chosen < 0, chosen + len(base), chosen)  # Subset passes negative numbers on
+        _refuse_repeated(chosen)
+    if group is not None:  # the caller has said whose records they are; groups are disjoint by that word
+        return Scope(dataset, group)
     content = _content(base)
     if content is None and dataset is None:
         return Scope()
@@ -43,10 +47,21 @@ def scope_of(
         return Scope(f"{dataset} ({key})" if dataset else key)
     if chosen is None:
         chosen = np.arange(size, dtype=np.int64)
-    chosen = np.where(chosen < 0, chosen + size, chosen)  # Subset passes negative numbers on
     # Two bases of one name are taken for one only if they could be: else their numbers have nothing in common.
     key = key or f"{size} records"
     return Scope(f"{dataset} ({key})" if dataset else key, None, Records(chosen))
+
+
+def _refuse_repeated(chosen: NDArray[np.int64]) -> None:
+    numbers, times = np.unique(chosen, return_counts=True)
+    if len(numbers) and times.max() > 1:
+        raise UnsupportedError(
+            f"Record {numbers[times.argmax()]} is {times.max()} times in this Subset: it would be drawn and clipped so "
+            "often, and charged once.",
+            found=int(times.max()),
+            where="data_loader.dataset",
+            fix="list each record once, or pass privacy_unit=subset.indices, which clips a record with its copies.",
+        )
 
 
 def _content(data: Any) -> str | None:

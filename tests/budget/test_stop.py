@@ -218,3 +218,53 @@ def test_the_log_shows_the_privacy_of_every_step(caplog: pytest.LogCaptureFixtur
     assert f"{w.engine.get_epsilon(1e-6):.4f}" in lines[-1]
     assert "1e-06" in lines[-1]
     assert f"{w.engine.steps_left} charges left" in lines[-1]
+
+
+def test_numbers_changed_within_a_batch_hold_from_the_next_on() -> None:
+    w = world(everybody=True, noise_multiplier=0.5)
+    for x, y in w.loader:
+        w.engine.change(noise_multiplier=50.0)
+        torch.nn.functional.cross_entropy(w.model(x), y).backward()
+        break
+    (entry,) = w.engine.ledger.entries()
+    assert entry["event"]["noise_multiplier"] == 0.5
+
+
+@pytest.mark.parametrize("sampling", [sf.Shuffle(), sf.CyclicPoisson(cycle=4)], ids=str)
+def test_less_noise_within_a_period_is_paid_for(sampling: Any) -> None:
+    torch.manual_seed(0)
+    w = world(sampling=sampling, noise_multiplier=5.0)
+    done = 0
+    for x, y in w.loader:
+        w.optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(w.model(x), y).backward()
+        if (done := done + 1) == 1:
+            w.engine.change(noise_multiplier=1.0)
+    events = w.engine.ledger.events()
+    payers = [e for e, n in events.items() if e.mechanism != "covered" and n]
+    assert {e.noise_multiplier for e in payers} == {5.0, 1.0}
+    assert w.engine.get_epsilon(1e-5) > 0
+
+
+def test_a_falling_schedule_stays_within_the_budget_after_a_change() -> None:
+    torch.manual_seed(0)
+    w = world(budget=sf.Budget(epsilon=8.0, delta=1e-5), noise_multiplier=10.0, noise_schedule=Step(gamma=0.1, every=3))
+    w.engine.change(max_grad_norm=0.9)
+    run(w, 4)
+    assert w.engine.stopped
+    assert w.engine.get_epsilon(1e-5) <= 8.0
+
+
+def test_steps_replayed_from_a_checkpoint_are_checked_again(tmp_path: Any) -> None:
+    """What had been found to fit was the rest of the schedule, not its beginning."""
+    torch.manual_seed(0)
+    budget = sf.Budget(epsilon=4.0, delta=1e-5)
+    w = world(budget=budget, noise_multiplier=1.0, noise_schedule=Exponential(gamma=2.0), everybody=True)
+    w.engine.save_checkpoint(tmp_path / "start")
+    for _ in range(40):
+        w.engine.load_checkpoint(tmp_path / "start")
+        run(w, 1)
+        assert w.engine.get_epsilon(1e-5) <= 4.0
+        if w.engine.stopped:
+            break
+    assert w.engine.stopped

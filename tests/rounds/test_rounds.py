@@ -186,6 +186,38 @@ def test_a_record_that_a_subset_lists_twice_is_refused() -> None:
     train(sf.PrivacyEngine(), nn.Linear(4, 3), twice, privacy_unit=list(twice.indices))
 
 
+def test_a_subset_changed_under_its_loader_is_refused() -> None:
+    data, engine, model = records(), sf.PrivacyEngine(), nn.Linear(4, 3)
+    subset = Subset(data, list(range(40)))
+    loader = train(engine, model, subset)
+    subset.indices[:] = range(40, 80)
+    with pytest.raises(PrivacyError, match="other records"):
+        next(iter(loader))
+
+
+def test_a_list_and_a_table_of_the_same_tensors_are_two_data_sets() -> None:
+    x = torch.randn(40, 40, 4)
+    engine, model = sf.PrivacyEngine(), nn.Sequential(nn.Flatten(), nn.LazyLinear(1))
+    model(x[:1])
+    for data in (TensorDataset(x, x), [x, x]):
+        engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=1),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+    scopes = [s.charging.scope.dataset for s in engine._sessions]
+    engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(x, x), batch_size=1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert scopes[0] != engine._session.charging.scope.dataset
+
+
 class Gan(nn.Module):
     """Both players in one module."""
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import binom
 
 from ..errors import ConfigurationError
 from .budget import count
@@ -116,6 +115,8 @@ def _truncated(event: Event) -> Pair:
     With K ~ Binomial(n - 1, q) others drawn and s kept: s < cap - 1 means no truncation, hence rate q; s = cap means
     that the record is out; s = cap - 1 means K = cap - 1, or K >= cap and the record was drawn and kept.
     """
+    from scipy.stats import binom  # a third of a second, for those who truncate
+
     assert event.cap is not None
     assert event.dataset_size is not None
     q, cap, others = event.sample_rate, event.cap, event.dataset_size - 1

@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,10 +42,11 @@ class Charging:
         self._period: int | None = None
         self._reserved: Reservation | None = None
         self._own: Counter[Event] = Counter()  # what this training charged
-        # Of the coming steps of _plan, those up to the _limit-th charge fit beside _others. The ledger was at _head.
-        self._plan: Plan | None = None
+        # Beside _others, the first _room of _coming (its last one for ever) fit; _used of them are charged by now, and
+        # then the ledger was at _head.
         self._others: tuple[frozenset[tuple[Event, int]], ...] = ()
-        self._limit = 0
+        self._coming: Sequence[Event] = ()
+        self._room = self._used = 0
         self._head: str | None = None
 
     def pay(self, plan: Plan, step: int, period: int | None) -> None:
@@ -64,8 +65,8 @@ class Charging:
         if self._reserved is not None:
             self._reserved.use()
         else:
-            known = self._plan is plan and self._written < self._limit
-            self._append(event, where, self.budget, self._head if known else None)
+            self._append(event, where, self.budget, self._head if event == self._foreseen else None)
+        self._used = self._used + 1 if event == self._foreseen else self._room
         self._period = period
 
     def _append(self, event: Event, where: dict[str, Any], budget: Budget | None, fits_at: str | None) -> None:
@@ -84,35 +85,23 @@ class Charging:
         """Further charges that the budget allows from step ``step`` on; None without a budget."""
         if self.budget is None:
             return None
-        prepaid = 0 if self._reserved is None else self._reserved.left
+        event, prepaid = plan.charge(step), 0 if self._reserved is None else self._reserved.left
         multisets = self.ledger.spent(**self.scope.arguments)
         others = tuple(frozenset((e, n - self._own[e]) for e, n in m.items() if n != self._own[e]) for m in multisets)
-        if self._plan is not plan or others != self._others or self._limit <= self._written:
-            room = min(self._room(m, plan, step + prepaid) for m in multisets)
-            self._plan, self._others, self._limit = plan, others, self._written + room
-        return self._limit - self._written + prepaid
+        if others != self._others or event != self._foreseen:
+            self._others, self._used = others, 0
+            self._coming = [event] if plan.noise_schedule is None else _charges(plan, step)
+            # What is reserved is in the ledger already, and will be used before anything else is charged.
+            self._room = prepaid + min(_fitting(m, self._coming, self.budget) for m in multisets)
+        return self._room - self._used
 
     @property
-    def _written(self) -> int:
-        return self._own.total()
+    def _foreseen(self) -> Event | None:
+        return self._coming[min(self._used, len(self._coming) - 1)] if self._used < self._room else None
 
-    def _room(self, spent: Mapping[Event, int], plan: Plan, step: int) -> int:
-        budget = self.budget
-        if budget is None:
-            raise ValueError("no budget")
-        if plan.noise_schedule is None or plan.adaptive:
-            return max_steps(spent, plan.charge(step), epsilon=budget.epsilon, delta=budget.delta)
-        coming: list[Event] = []
-        with suppress(ConfigurationError):  # a schedule may leave the numbers there are, later than training ends
-            for k in range(LOOKAHEAD):
-                coming.append(plan.charge(step + k * (plan.period or 1)))  # noqa: PERF401 (keep what came before)
-
-        def excess(n: int) -> float:
-            total = Counter(spent)
-            total.update(coming[:n])
-            return float(compose(total, delta=budget.delta)) - budget.epsilon
-
-        return _last_within(excess, len(coming)) if coming else 0
+    def renew(self) -> None:
+        """The numbers of the coming steps are no longer those that the period's charge foresaw: pay again."""
+        self._period = None
 
     def settle(self) -> None:
         """Give back what was reserved and not used."""
@@ -122,6 +111,27 @@ class Charging:
 
     def _pays(self, period: int | None) -> bool:
         return period is None or period != self._period
+
+
+def _charges(plan: Plan, step: int) -> list[Event]:
+    found: list[Event] = []
+    with suppress(ConfigurationError):  # a schedule may leave the numbers there are, later than training ends
+        for k in range(LOOKAHEAD):
+            found.append(plan.charge(step + k * (plan.period or 1)))  # noqa: PERF401 (keep what came before)
+    return found
+
+
+def _fitting(spent: Mapping[Event, int], coming: Sequence[Event], budget: Budget) -> int:
+    """How many of ``coming`` (one: for ever) fit beside ``spent``."""
+    if len(coming) == 1:
+        return max_steps(spent, coming[0], epsilon=budget.epsilon, delta=budget.delta)
+
+    def excess(n: int) -> float:
+        total = Counter(spent)
+        total.update(coming[:n])
+        return float(compose(total, delta=budget.delta)) - budget.epsilon
+
+    return _last_within(excess, len(coming))
 
 
 def _last_within(excess: Callable[[int], float], most: int) -> int:

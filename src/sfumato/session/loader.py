@@ -24,6 +24,7 @@ from sfumato.sampling import (
     shuffle_epoch,
 )
 from sfumato.session.collate import in_order
+from sfumato.session.population import numbers
 from sfumato.session.step import Session
 from sfumato.session.token import Token
 
@@ -142,7 +143,7 @@ class PrivateLoader(DataLoader[Any]):
 
     def __init__(self, base: DataLoader[Any], session: Session, units: Units | None = None):
         tokens: deque[Token] = deque()
-        self.base = base
+        self.base, self._numbers = base, numbers(base.dataset)
         self._session, self._tokens, self._serial = session, tokens, 0
         workers: dict[str, Any] = {}
         if base.num_workers > 0:
@@ -167,6 +168,14 @@ class PrivateLoader(DataLoader[Any]):
         _refuse_closed(session)
         session.abandon()
         session.epoch_step, session.resumed = session.resumed, 0
+        session.stopped = False
+        if not np.array_equal(self._numbers, numbers(self.dataset)):
+            raise PrivacyError(
+                "The Subset behind this loader lists other records than when it was made private: the ledger would name the "
+                "wrong ones.",
+                where="data_loader.dataset",
+                fix="call make_private again, with a Subset for each round.",
+            )
         self._serial += 1
         serial = self._serial
         batches = super().__iter__()

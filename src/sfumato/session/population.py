@@ -28,13 +28,8 @@ def scope_of(
     for name, value in (("dataset", dataset), ("group", group)):
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigurationError(f"{name}={value!r} is not a non-empty string.", found=value, where=name)
-    base, chosen = data, None
-    while type(base) is Subset:
-        own = np.asarray(base.indices, dtype=np.int64)
-        chosen = own if chosen is None else own[chosen]
-        base = base.dataset
-    if chosen is not None and units is None:
-        chosen = np.where(chosen < 0, chosen + len(base), chosen)  # Subset passes negative numbers on
+    base, chosen = _base(data), numbers(data)
+    if len(chosen) and units is None:
         _refuse_repeated(chosen)
     if group is not None:  # the caller has said whose records they are; groups are disjoint by that word
         return Scope(dataset, group)
@@ -45,11 +40,28 @@ def scope_of(
     key = "" if content is None else pseudonym(content)
     if units is not None:  # their numbers are of this loader only: anybody of the data set
         return Scope(f"{dataset} ({key})" if dataset else key)
-    if chosen is None:
+    if data is base:
         chosen = np.arange(size, dtype=np.int64)
     # Two bases of one name are taken for one only if they could be: else their numbers have nothing in common.
     key = key or f"{size} records"
     return Scope(f"{dataset} ({key})" if dataset else key, None, Records(chosen))
+
+
+def numbers(data: Any) -> NDArray[np.int64]:
+    """The numbers that the records of a ``Subset`` have in the data set below it; none for anything else."""
+    chosen: NDArray[np.int64] | None = None
+    while type(data) is Subset:
+        own = np.asarray(data.indices, dtype=np.int64)
+        own = np.where(own < 0, own + len(data.dataset), own)  # type: ignore[arg-type]  # Subset passes them on
+        chosen = own if chosen is None else own[chosen]
+        data = data.dataset
+    return np.empty(0, np.int64) if chosen is None else chosen
+
+
+def _base(data: Any) -> Any:
+    while type(data) is Subset:
+        data = data.dataset
+    return data
 
 
 def _refuse_repeated(chosen: NDArray[np.int64]) -> None:
@@ -68,6 +80,7 @@ def _content(data: Any) -> str | None:
     """A hash of all records where they lie in memory; None where reading them might not be repeatable."""
     digest = hashlib.sha256()
     if type(data) is TensorDataset:
+        digest.update(b"row by row")  # a list of the same tensors numbers them, not their rows
         data = list(data.tensors)
     elif isinstance(getattr(data, "_fingerprint", None), str) and hasattr(data, "column_names"):
         return f"sha256:{hashlib.sha256(data._fingerprint.encode()).hexdigest()[:32]}"

@@ -12,6 +12,7 @@ from sfumato.plan import Plan, StepPlan
 from sfumato.session.charging import Charging
 
 LOG = logging.getLogger("sfumato")
+FEW, EVERY = 16, 50
 DELTA = 1e-5  # at which ε is logged when there is no budget to say so
 
 
@@ -39,11 +40,14 @@ def log(charging: Charging, plan: Plan, now: StepPlan, steps: int) -> None:
         return
     budget = charging.budget
     delta = DELTA if budget is None else budget.delta
-    line = f"step {steps}: epsilon = {charging.ledger.epsilon(delta=delta):.4f} at delta = {delta:g}"
+    line = f"step {steps}:"
+    # Many kinds of releases take up to a second to compose, which is too long for every step.
+    if steps % EVERY == 0 or len(charging.ledger.events()) <= FEW:
+        line += f" epsilon = {charging.ledger.epsilon(delta=delta):.4f} at delta = {delta:g},"
     if budget is not None:
-        line += f" of {budget.epsilon:g}, {charging.left(plan, steps)} charges left"
+        line += f" {charging.left(plan, steps)} charges left within {budget.epsilon:g},"
     LOG.info(
-        "%s; noise multiplier %.4g, max_grad_norm %.4g, sample rate %.4g",
+        "%s noise multiplier %.4g, max_grad_norm %.4g, sample rate %.4g",
         line,
         now.noise_multiplier,
         now.max_grad_norm,

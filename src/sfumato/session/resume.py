@@ -39,6 +39,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint.admit(stored, session.charging.ledger, session.plan.described())
     session.abandon()
     checkpoint.apply(stored, session.module, session.optimizers)
+    session.charging.renew()
     session.steps, session.bound = position["steps"], bound
     session.resumed = epoch_step if epoch_step < session.plan.steps_per_epoch else 0
     return stored.extra or {}

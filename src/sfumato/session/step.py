@@ -45,6 +45,8 @@ class Session:
         self._token: Token | None = None
         self._poisoned = False
         self._skipped = False
+        # The plan and the numbers of the logical batch that has begun.
+        self._under: Plan = self.plan
         self._now: StepPlan | None = None
         self._within = 0.0  # units within the bound, less half of those drawn
         self._sums: dict[str, Tensor] = {}
@@ -120,7 +122,7 @@ class Session:
     def _begin(self, token: Token) -> None:
         """The numbers of this logical batch: the same for all its microbatches and for its noise."""
         self.turn = token.turn + 1
-        self._now = self.plan.at(self.steps, self.bound)
+        self._under, self._now = self.plan, self.plan.at(self.steps, self.bound)
 
     def settle(self, token: Token) -> None:
         """Called when the loop comes back for more: a logical batch is released whole or not at all.
@@ -153,9 +155,11 @@ class Session:
                 "A logical batch is half done: its records were clipped to the old bound, so its noise is for that.",
                 fix="change the numbers between logical batches.",
             )
-        self.plan = replace(self.plan, adaptive=True, **numbers)  # type: ignore[arg-type]
-        if "max_grad_norm" in numbers:
-            self.bound = None
+        plan = replace(self.plan, adaptive=True, **numbers)  # type: ignore[arg-type]
+        bound = None if "max_grad_norm" in numbers else self.bound
+        plan.at(self.steps, bound)  # a σ that the count of quantile clipping cannot spare is refused here
+        self.plan, self.bound = plan, bound
+        self.charging.renew()
 
     def affordable(self, token: Token) -> bool:
         """Whether the budget allows the logical batch that ``token`` begins."""
@@ -286,7 +290,7 @@ class Session:
         """Charge, then noise, then p.grad: in this order and nowhere else."""
         now = self._current
         try:
-            self.charging.pay(self.plan, self.steps, token.period)
+            self.charging.pay(self._under, self.steps, token.period)
         except BudgetExceeded:  # another process has spent it since the batch was drawn
             self._discard()
             self._poisoned, self.stopped = False, True

@@ -122,3 +122,14 @@ def test_what_would_be_untrue_is_refused_before_anything_changes(tmp_path: Path)
         assert other.steps == 0
         other.detach()
     ledger.close()
+
+
+def test_numbers_chosen_on_the_way_go_on_being_so(tmp_path: Path) -> None:
+    engine, model, optimizer, loader = private(noise_multiplier=3.0)
+    run(engine, model, optimizer, loader, 4)
+    engine.change(noise_multiplier=0.7)
+    engine.save_checkpoint(tmp_path / "file")
+    again, *_ = private(engine.ledger, noise_multiplier=3.0)
+    again.load_checkpoint(tmp_path / "file")
+    assert again.plan.noise_multiplier == 0.7
+    assert again.plan.adaptive

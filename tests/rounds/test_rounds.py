@@ -298,3 +298,30 @@ def test_two_private_models_side_by_side_share_the_ledger() -> None:
     assert engine.ledger.verify() == 40
     alone = sf.accounting.epsilon(noise_multiplier=1.0, sample_rate=0.05, steps=40, delta=DELTA)
     assert engine.get_epsilon(DELTA) == pytest.approx(alone)
+
+
+def test_an_empty_draw_moves_a_critic_that_is_frozen_between_its_steps() -> None:
+    """Else the number of moves would tell which draws were empty."""
+    engine, critic = sf.PrivacyEngine(), nn.Linear(4, 1)
+    critic, optimizer, loader = engine.make_private(
+        module=critic,
+        optimizer=torch.optim.SGD(critic.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(3, 4)), batch_size=1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    generator = nn.Linear(2, 4)
+    steps = 0
+    before = critic.weight.clone()
+    for _ in range(10):
+        for (x,) in loader:
+            moved = engine.steps - steps
+            assert moved == 0 or not torch.equal(before, critic.weight)
+            critic.requires_grad_(True)
+            optimizer.zero_grad()
+            critic(x).mean().backward()
+            optimizer.step()
+            critic.requires_grad_(False)
+            critic(generator(torch.randn(5, 2))).mean().backward()
+            before, steps = critic.weight.clone(), engine.steps
+    assert engine.steps == 30

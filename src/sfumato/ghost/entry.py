@@ -46,9 +46,9 @@ class _Forward:
             _refuse_reentrant_checkpoint(self.name)
         else:
             install(c)
-        c.refresh()
-        if not c.parameters and _apart(c, args, kwargs):
+        if _frozen(c) and _apart(c, args, kwargs):  # what was trainable counts on, for the step that is under way
             return self.__wrapped__(*args, **kwargs)
+        c.refresh()
         with c, c.returning():
             admit(c, self.module, args, kwargs)
             if c.probing and self.module not in c.probed:
@@ -143,6 +143,10 @@ class _Forward:
 
     def __reduce__(self) -> Any:
         return getattr, (self.module, "forward")
+
+
+def _frozen(c: Capture) -> bool:
+    return not any(p.requires_grad for p in c.module.parameters())
 
 
 def _apart(c: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

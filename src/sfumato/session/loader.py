@@ -171,8 +171,8 @@ class PrivateLoader(DataLoader[Any]):
         session.stopped = False
         if not np.array_equal(self._numbers, numbers(self.dataset)):
             raise PrivacyError(
-                "The Subset behind this loader lists other records than when it was made private: the ledger would name the "
-                "wrong ones.",
+                "The Subset behind this loader lists other records than when it was made private, and the ledger would "
+                "name those.",
                 where="data_loader.dataset",
                 fix="call make_private again, with a Subset for each round.",
             )

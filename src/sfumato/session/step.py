@@ -169,7 +169,9 @@ class Session:
         """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
         self.abandon()
         self._begin(token)
-        self.capture.refresh()
+        if any(p.requires_grad for p in self.module.parameters()):
+            self.capture.refresh()
+        # Frozen as a whole, for another model to learn through it: the loop would thaw what it trained before.
         for p in self.module.parameters():
             p.grad = None
         if self.grad_scaler is not None:

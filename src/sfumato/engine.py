@@ -132,6 +132,12 @@ class PrivacyEngine:
             raise ConfigurationError(
                 f"batch_dim={batch_dim!r} is not an axis number >= 0.", found=batch_dim, where="batch_dim"
             )
+        if not isinstance(check_first_batch, bool):
+            raise ConfigurationError(
+                f"check_first_batch={check_first_batch!r} is not a bool.",
+                found=check_first_batch,
+                where="check_first_batch",
+            )
         if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
             raise ConfigurationError(
                 f"grad_scaler={grad_scaler!r} is not a torch.amp.GradScaler.", found=grad_scaler, where="grad_scaler"
@@ -267,6 +273,8 @@ class PrivacyEngine:
             numbers["noise_multiplier"] = _validate.non_negative("noise_multiplier", noise_multiplier)
         if max_grad_norm is not None:
             numbers["max_grad_norm"] = _validate.positive("max_grad_norm", max_grad_norm)
+        if not numbers:
+            raise ConfigurationError("change() was given nothing to change.", where="change")
         self._session.change(**numbers)
 
     def get_epsilon(self, delta: float) -> Epsilon:

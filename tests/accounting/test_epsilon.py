@@ -36,7 +36,7 @@ def test_true_bracket(name):
     result = epsilon(noise_multiplier=sigma, sample_rate=rate, steps=steps, delta=delta)
     assert low <= result.upper <= high * 1.001
     assert float(result) == result.upper
-    if name != "F":  # its lower end takes seconds; see timing.py
+    if name != "F":  # its lower end takes seconds; see benchmarks/bookkeeping.py
         assert result.upper * (1 - 1.5e-3) <= result.lower <= high
 
 

@@ -220,14 +220,18 @@ def test_the_log_shows_the_privacy_of_every_step(caplog: pytest.LogCaptureFixtur
     assert f"{w.engine.steps_left} charges left" in lines[-1]
 
 
-def test_numbers_changed_within_a_batch_hold_from_the_next_on() -> None:
+def test_numbers_of_a_batch_that_is_drawn_are_fixed() -> None:
     w = world(everybody=True, noise_multiplier=0.5)
     for x, y in w.loader:
-        w.engine.change(noise_multiplier=50.0)
+        with pytest.raises(sf.errors.PrivacyError, match="half done"):
+            w.engine.change(noise_multiplier=50.0)
         torch.nn.functional.cross_entropy(w.model(x), y).backward()
+        w.engine.change(noise_multiplier=50.0)
         break
     (entry,) = w.engine.ledger.entries()
     assert entry["event"]["noise_multiplier"] == 0.5
+    with pytest.raises(ConfigurationError, match="nothing"):
+        w.engine.change()
 
 
 @pytest.mark.parametrize("sampling", [sf.Shuffle(), sf.CyclicPoisson(cycle=4)], ids=str)

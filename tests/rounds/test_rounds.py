@@ -300,9 +300,11 @@ def test_two_private_models_side_by_side_share_the_ledger() -> None:
     assert engine.get_epsilon(DELTA) == pytest.approx(alone)
 
 
-def test_an_empty_draw_moves_a_critic_that_is_frozen_between_its_steps() -> None:
+@pytest.mark.parametrize("part", ["whole", "first layer"])
+def test_an_empty_draw_moves_what_is_frozen_between_its_steps(part: str) -> None:
     """Else the number of moves would tell which draws were empty."""
-    engine, critic = sf.PrivacyEngine(), nn.Linear(4, 1)
+    engine, critic = sf.PrivacyEngine(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    toggled = critic if part == "whole" else critic[0]
     critic, optimizer, loader = engine.make_private(
         module=critic,
         optimizer=torch.optim.SGD(critic.parameters(), lr=0.1),
@@ -311,17 +313,39 @@ def test_an_empty_draw_moves_a_critic_that_is_frozen_between_its_steps() -> None
         max_grad_norm=1.0,
     )
     generator = nn.Linear(2, 4)
-    steps = 0
-    before = critic.weight.clone()
-    for _ in range(10):
-        for (x,) in loader:
-            moved = engine.steps - steps
-            assert moved == 0 or not torch.equal(before, critic.weight)
-            critic.requires_grad_(True)
+    steps, empty, before = 0, 0, critic[0].weight.clone()
+    for epoch in range(10):
+        for i, (x,) in enumerate(loader):
+            if engine.steps > steps and (i or part == "whole" or not epoch):
+                assert not torch.equal(before, critic[0].weight)
+                empty += 1
+            toggled.requires_grad_(True)
             optimizer.zero_grad()
             critic(x).mean().backward()
             optimizer.step()
-            critic.requires_grad_(False)
-            critic(generator(torch.randn(5, 2))).mean().backward()
-            before, steps = critic.weight.clone(), engine.steps
+            toggled.requires_grad_(False)
+            if part == "whole":
+                critic(generator(torch.randn(5, 2))).mean().backward()
+            before, steps = critic[0].weight.clone(), engine.steps
     assert engine.steps == 30
+    assert empty
+
+
+def test_freezing_between_epochs_counts_for_an_empty_first_draw() -> None:
+    model, engine = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), sf.PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(3, 4)), batch_size=1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for epoch in range(20):
+        if epoch == 5:
+            model[0].requires_grad_(False)
+            frozen = model[0].weight.clone()
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).mean().backward()
+            optimizer.step()
+    assert torch.equal(frozen, model[0].weight)

@@ -39,7 +39,8 @@ class Charging:
     def __init__(self, ledger: Ledger, budget: Budget | None, scope: Scope, reserve: int):
         self.ledger, self.budget, self.scope, self.reserve = ledger, budget, scope, reserve
         self.run = uuid.uuid4().hex
-        self._period: int | None = None
+        self._period: int | None = None  # the last one that was paid for, and by which plan
+        self._payer: Plan | None = None
         self._reserved: Reservation | None = None
         self._own: Counter[Event] = Counter()  # what this training charged
         # Beside _others, the first _room of _coming (its last one for ever) fit; _used of them are charged by now, and
@@ -53,8 +54,10 @@ class Charging:
         """Charge step ``step``, which belongs to ``period``; ``BudgetExceeded`` if nothing may be released."""
         where: dict[str, Any] = {"run": self.run, "step": step, "note": f"noise: {plan.noise_level}"}
         where |= self.scope.arguments
-        if not self._pays(period):
-            self._append(plan.covered(step), where, None, None)
+        if not self._pays(plan, period):
+            self.ledger.append(plan.covered(step), **where)
+            self._own[plan.covered(step)] += 1
+            self._head = None  # entries of others may have come before this one
             return
         event = plan.charge(step)
         if self._reserved is not None and (self._reserved.event != event or not self._reserved.left):
@@ -65,18 +68,16 @@ class Charging:
         if self._reserved is not None:
             self._reserved.use()
         else:
-            self._append(event, where, self.budget, self._head if event == self._foreseen else None)
+            fits_at = self._head if event == self._foreseen else None
+            self.ledger.append(event, budget=self.budget, fits_at=fits_at, **where)
+            self._own[event] += 1
+            self._head = None if self.budget is None else self.ledger.head
         self._used = self._used + 1 if event == self._foreseen else self._room
-        self._period = period
-
-    def _append(self, event: Event, where: dict[str, Any], budget: Budget | None, fits_at: str | None) -> None:
-        self.ledger.append(event, budget=budget, fits_at=fits_at, **where)
-        self._own[event] += 1
-        self._head = None if self.budget is None else self.ledger.head
+        self._period, self._payer = period, plan
 
     def affordable(self, plan: Plan, step: int, period: int | None) -> bool:
         """Whether the budget allows step ``step``, after all that the ledger holds by now."""
-        if not self._pays(period) or (self._reserved is not None and self._reserved.left):
+        if not self._pays(plan, period) or (self._reserved is not None and self._reserved.left):
             return True
         left = self.left(plan, step)
         return left is None or left > 0
@@ -100,7 +101,7 @@ class Charging:
         return self._coming[min(self._used, len(self._coming) - 1)] if self._used < self._room else None
 
     def renew(self) -> None:
-        """The numbers of the coming steps are no longer those that the period's charge foresaw: pay again."""
+        """The coming steps are no longer those that the period's charge foresaw: pay again."""
         self._period = None
 
     def settle(self) -> None:
@@ -109,8 +110,8 @@ class Charging:
         if reserved is not None:
             self._own[reserved.event] -= reserved.close()
 
-    def _pays(self, period: int | None) -> bool:
-        return period is None or period != self._period
+    def _pays(self, plan: Plan, period: int | None) -> bool:
+        return period is None or period != self._period or plan is not self._payer
 
 
 def _charges(plan: Plan, step: int) -> list[Event]:

@@ -51,6 +51,7 @@ class Session:
         self._within = 0.0  # units within the bound, less half of those drawn
         self._sums: dict[str, Tensor] = {}
         self._carried: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}  # the parameters of the last release
         self._owners: dict[str, Tensor] = {}  # the parameters that _sums belong to
         self.capture.refresh()
         install(self.capture)
@@ -150,16 +151,15 @@ class Session:
 
     def change(self, **numbers: float) -> None:
         """Other numbers from the next logical batch on; they may depend on what was released so far."""
-        if self._sums or (self._token is not None and self._token.spent and not self._token.last):
+        if self._token is not None and not (self._token.spent and self._token.last):
             raise PrivacyError(
-                "A logical batch is half done: its records were clipped to the old bound, so its noise is for that.",
-                fix="change the numbers between logical batches.",
+                "A logical batch is half done, and bound, noise and charge of a batch are fixed when it is drawn.",
+                fix="change the numbers after backward() of the last microbatch, or between epochs.",
             )
         plan = replace(self.plan, adaptive=True, **numbers)  # type: ignore[arg-type]
         bound = None if "max_grad_norm" in numbers else self.bound
         plan.at(self.steps, bound)  # a σ that the count of quantile clipping cannot spare is refused here
         self.plan, self.bound = plan, bound
-        self.charging.renew()
 
     def affordable(self, token: Token) -> bool:
         """Whether the budget allows the logical batch that ``token`` begins."""
@@ -169,9 +169,8 @@ class Session:
         """A logical batch that drew nobody: charged, released as pure noise, and stepped here."""
         self.abandon()
         self._begin(token)
-        if any(p.requires_grad for p in self.module.parameters()):
+        if not self._set_of_empty_draw():
             self.capture.refresh()
-        # Frozen as a whole, for another model to learn through it: the loop would thaw what it trained before.
         for p in self.module.parameters():
             p.grad = None
         if self.grad_scaler is not None:
@@ -186,6 +185,19 @@ class Session:
             self.grad_scaler.update()
         for p in self.module.parameters():
             p.grad = None
+
+    def _set_of_empty_draw(self) -> bool:
+        """Release for the parameters of the last release: a loop may freeze some for the rest of its body.
+
+        The first draw of an epoch takes what is trainable now, unless nothing is.
+        """
+        own = dict(self.module.named_parameters())
+        if not self._last or any(own.get(n) is not p for n, p in self._last.items()):
+            return False
+        if self.epoch_step == 0 and any(p.requires_grad for p in own.values()):
+            return False
+        self.capture.parameters = dict(self._last)
+        return True
 
     # -- the end of a backward ------------------------------------------------------------------------------------
 
@@ -313,6 +325,7 @@ class Session:
             if p.grad is not None:
                 before = p.grad if before is None else before + p.grad
             p.grad = grad if before is None else before + grad
+        self._last = dict(self.capture.parameters)
         self._adapt(now)
         self.steps += 1
         self.epoch_step += 1

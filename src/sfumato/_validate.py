@@ -7,9 +7,13 @@ from sfumato.errors import ConfigurationError
 
 def number(name: str, value: object) -> float:
     """The value as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        found = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
         raise ConfigurationError(f"{name}={value!r} is not a finite number.", found=value, where=name)
-    return float(value)
+    return found
 
 
 def non_negative(name: str, value: object) -> float:

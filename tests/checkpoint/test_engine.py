@@ -133,3 +133,37 @@ def test_numbers_chosen_on_the_way_go_on_being_so(tmp_path: Path) -> None:
     again.load_checkpoint(tmp_path / "file")
     assert again.plan.noise_multiplier == 0.7
     assert again.plan.adaptive
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        {"steps": 2**80},
+        {"epoch_step": -1},
+        {"bound": 0.0},
+        {"changed": [50.0, 1.0]},  # more noise than the count of quantile clipping can spare
+        {"changed": [10**400, 1.0]},
+        {"changed": [1.0]},
+        {"changed": [1.0, float(-1)]},
+    ],
+    ids=str,
+)
+def test_a_position_that_cannot_be_gone_on_from_changes_nothing(position: dict[str, Any], tmp_path: Path) -> None:
+    quantile = {"clip_schedule": sf.clipping.Quantile(count_noise=5.0)}
+    engine, model, optimizer, loader = private(**quantile)
+    run(engine, model, optimizer, loader, 4)
+    session = engine._session
+    checkpoint.save(
+        tmp_path / "file",
+        module=model,
+        optimizers=[optimizer],
+        position={"steps": 4, "epoch_step": 4, "bound": 1.0, "changed": None} | position,
+        plan=session.plan.described(),
+        ledger_head=engine.ledger.head,
+    )
+    again, other, *_ = private(engine.ledger, **quantile)
+    before = bits(dict(other.state_dict()))
+    with pytest.raises(ConfigurationError):
+        again.load_checkpoint(tmp_path / "file")
+    assert bits(dict(other.state_dict())) == before
+    assert again.steps == 0

@@ -13,6 +13,7 @@ from sfumato import _validate
 from sfumato.accounting import Budget, Epsilon, Ledger
 from sfumato.clipping import Clip, Quantile
 from sfumato.errors import ConfigurationError, PrivacyError
+from sfumato.ghost import refuse_owned
 from sfumato.noise import Research, Secure, source
 from sfumato.plan import Plan, Sampler, planned
 from sfumato.schedules import Schedule
@@ -143,6 +144,8 @@ class PrivacyEngine:
                 f"grad_scaler={grad_scaler!r} is not a torch.amp.GradScaler.", found=grad_scaler, where="grad_scaler"
             )
         check_model(module, optimizers)
+        held = [s for s in self._sessions if s.module is module]
+        refuse_owned(module, [s.capture for s in held])
         base = plain(data_loader)
         batch_size, records = inspect(base)
         units = units_of(base, privacy_unit, max_records_per_unit)
@@ -166,7 +169,6 @@ class PrivacyEngine:
         charging = charging_of(
             self.ledger, plan, budget, scope_of(base.dataset, dataset, group, units, self.ledger.pseudonym), reserve
         )
-        held = [s for s in self._sessions if s.module is module]
         self._close(held)
         session = Session(
             module,

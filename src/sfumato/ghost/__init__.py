@@ -2,7 +2,7 @@
 
 from sfumato.ghost.capture import Capture
 from sfumato.ghost.clip import Norms, Weighed, clipped, total_norms, wide_dtype
-from sfumato.ghost.entry import install, remove
+from sfumato.ghost.entry import install, refuse_owned, remove
 from sfumato.ghost.fallback import refuse_batch_statistics
 from sfumato.ghost.guard import Guard
 from sfumato.ghost.pullback import Parts, by_unit, collect
@@ -22,6 +22,7 @@ __all__ = [
     "install",
     "record",
     "refuse_batch_statistics",
+    "refuse_owned",
     "remove",
     "total_norms",
     "wide_dtype",

@@ -8,6 +8,7 @@ Copies and pickles of a module hold its plain forward.
 import copy
 import sys
 import types
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -179,17 +180,23 @@ def _refuse_reentrant_checkpoint(name: str) -> None:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+def refuse_owned(module: nn.Module, but_by: Collection[Capture] = ()) -> None:
+    """A model that another engine, or ``record``, has a part of."""
+    for name, part in module.named_modules():
+        door = part.__dict__.get("forward")
+        if isinstance(door, _Forward) and door.capture not in but_by:
+            raise UnsupportedError(
+                "The model already belongs to a private engine or record().",
+                where=name or type(part).__name__,
+                fix="call engine.detach() first.",
+            )
+
+
 def install(capture: Capture) -> None:
     """Open every module of the model to the capture, and close those that have left the model since."""
     modules = dict(capture.module.named_modules())
     doors = {name: module.__dict__.get("forward") for name, module in modules.items()}
-    for name, door in doors.items():
-        if isinstance(door, _Forward) and door.capture is not capture:
-            raise UnsupportedError(
-                "The model already belongs to a private engine or record().",
-                where=name or type(modules[name]).__name__,
-                fix="call engine.detach() first.",
-            )
+    refuse_owned(capture.module, (capture,))
     now = {module: name for name, module in modules.items() if not isinstance(module, torch.jit.ScriptModule)}
     if now == capture.opened:
         return

@@ -175,9 +175,10 @@ def test_a_reservation_is_given_back_once(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.db") as ledger:
         reservation = ledger.reserve(EVENT, 5, run="a", step=0)
         reservation._give_back(2)
-        reservation._give_back(2)  # twice, as no caller can
-        with pytest.raises(LedgerError, match="entry 3 gives back what was not reserved"):
-            ledger.events()
+        with pytest.raises(LedgerError, match="entry 3 gives back what was not reserved; nothing was recorded"):
+            reservation._give_back(2)  # twice, as no caller can
+        assert ledger.events() == {EVENT: 3}
+        assert ledger.verify() == 2
 
 
 def test_an_interrupt_while_entries_are_counted_forgets_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,9 +16,9 @@ from ..errors import BudgetExceeded, ConfigurationError, LedgerError
 from .budget import Budget
 from .events import Event
 from .ledger_budget import Room
-from .ledger_chain import COLUMNS, Broken, Chain, Entry, canonical
+from .ledger_chain import COLUMNS, MOST_RELEASES, Broken, Chain, Entry, canonical
 from .ledger_file import FORMAT, GENESIS, VERSION
-from .ledger_reservation import Reservation
+from .ledger_reservation import Reservation, uncopied
 from .ledger_scope import Records, Scope, scoped
 from .ledger_spent import Spending
 from .ledger_store import Store
@@ -26,7 +26,6 @@ from .pld import Epsilon, compose
 
 Numbers = Sequence[int] | np.ndarray[Any, np.dtype[Any]] | Records
 MOST_ANSWERS = 4096
-MOST_RELEASES = 10**12  # of one entry: sums of many stay within 64 bits
 
 
 class Ledger:
@@ -119,6 +118,7 @@ class Ledger:
         def give_back(unused: int) -> None:
             with self._store.guarded(), self._store.transaction():
                 self._catch_up()
+                self._store.about_to_change()
                 self._insert(event, -unused, run, step, "not used", scope, seq)
 
         return Reservation(event, seq, granted, give_back)
@@ -240,7 +240,10 @@ class Ledger:
 
     def close(self) -> None:
         """Close and seal the file; harmless when repeated, and in a forked child, where it is the parent's."""
-        self._store.close(seal=self._chain.seq > 0)
+        self._store.close(seal=True)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise uncopied("ledger", self._store.where)
 
     def __enter__(self) -> Ledger:
         return self
@@ -287,6 +290,7 @@ class Ledger:
                 self._refuse_mixed(event)
                 if budget is not None and self._chain.head != fits_at:
                     count = self._allowed(event, count, least, scope, records, budget)
+                self._store.about_to_change()
                 if records is not None and records.digest not in self._spending.sets:
                     self._store.execute("INSERT INTO scopes VALUES (?, ?)", (records.digest, records.encode()))
                     self._written = records
@@ -310,10 +314,13 @@ class Ledger:
     def _insert(
         self, event: Event, count: int, run: str, step: int, note: str, scope: Scope, reservation: int | None
     ) -> int:
-        self._store.about_to_change()
         seq, text = self._chain.seq + 1, canonical(event.to_json())
         row = (seq, run, step, scope.group, scope.dataset, scope.records, note, text, count, reservation)
         head = Entry(*row).chained(self._chain.head)
+        try:  # what could not be read back must not be committed
+            self._chain.checked((*row, head))
+        except Broken as error:
+            raise LedgerError(f"ledger {self._store.where}: {error}; nothing was recorded.", found=row) from error
         self._store.execute(f"INSERT INTO entries VALUES ({'?, ' * len(row)}?)", (*row, head))
         self._store.execute("UPDATE meta SET value = ? WHERE key = 'head'", (head,))
         return seq

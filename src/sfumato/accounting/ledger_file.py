@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import stat
 import tempfile
@@ -48,7 +49,38 @@ def identity(path: Path) -> tuple[int, int] | None:
     # An empty file is refused as well: a ledger that was truncated must not pass for a new one.
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         raise foreign(path)
+    if status.st_nlink > 1 and not _draft_removed(path, status):
+        raise LedgerError(
+            f"ledger {path} has another name (a hard link): under it, others would not see what is written here.",
+            found=status.st_nlink,
+            where=str(path),
+            fix="remove the other name; to keep a backup, copy the file of a closed ledger.",
+        )
     return status.st_dev, status.st_ino
+
+
+def side_files(path: Path) -> list[tuple[int, int] | None]:
+    """Device and inode of the write-ahead log and of its index, None for one that is not there."""
+    found: list[tuple[int, int] | None] = []
+    for suffix in ("-wal", "-shm"):
+        try:
+            status = os.lstat(f"{path}{suffix}")
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
+
+
+def _draft_removed(path: Path, status: os.stat_result) -> bool:
+    """Whether the other name was the draft of :func:`create`, which another process is removing or was killed over."""
+    for other in os.listdir(path.parent):
+        if re.fullmatch(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}", other):
+            draft = path.with_name(other)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(draft), status):
+                    os.unlink(draft)
+    return os.lstat(path).st_nlink == 1
 
 
 def found_or_created(path: Path, *, may_create: bool) -> tuple[int, int]:
@@ -79,7 +111,8 @@ def create(path: Path) -> tuple[int, int]:
             with suppress(FileExistsError):
                 os.link(draft, path)
         finally:
-            os.unlink(draft)
+            with suppress(FileNotFoundError):  # whoever opened it meanwhile has removed this name
+                os.unlink(draft)
         sync_folder(path)  # the file's name must be as durable as its entries
     except (OSError, sqlite3.Error) as error:
         raise LedgerError(

@@ -6,9 +6,20 @@ import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 from ..errors import LedgerError
 from .events import Event
+
+
+def uncopied(what: str, where: str) -> LedgerError:
+    """The error for copying or pickling what counts: two copies would count apart."""
+    return LedgerError(
+        f"A {what} cannot be copied or pickled: each copy would count releases without the other.",
+        found=what,
+        where=where,
+        fix="pass the object itself; in another process, open the ledger again.",
+    )
 
 
 class Reservation:
@@ -30,15 +41,20 @@ class Reservation:
 
     def use(self) -> None:
         """Take one release, before it is released. Raises ``LedgerError`` when none is left, or in a forked child."""
+        if os.getpid() != self._pid:  # before the lock: a forked child inherits it as it was, perhaps held
+            raise self._none_left()
         with self._lock:
-            if self._left <= 0 or os.getpid() != self._pid:
-                raise LedgerError(
-                    "No reserved release is left in this process: the ledger would not hold this one.",
-                    found=self._left,
-                    where=f"reservation {self.seq}",
-                    fix="reserve again, in the process that releases.",
-                )
+            if self._left <= 0:
+                raise self._none_left()
             self._left -= 1
+
+    def _none_left(self) -> LedgerError:
+        return LedgerError(
+            "No reserved release is left in this process: the ledger would not hold this one.",
+            found=self._left,
+            where=f"reservation {self.seq}",
+            fix="reserve again, in the process that releases.",
+        )
 
     def close(self) -> int:
         """Give back what was not used, and return how much that was; later calls, and a forked child, give back 0."""
@@ -49,6 +65,9 @@ class Reservation:
             if unused:
                 self._give_back(unused)
             return unused
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise uncopied("reservation", str(self.seq))
 
     def __enter__(self) -> Reservation:
         return self

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,13 +56,13 @@ def write_seal(path: Path, connection: sqlite3.Connection) -> None:
 def intact(path: Path, connection: sqlite3.Connection) -> bool:
     """Whether there is no seal, or one that fits the file byte by byte."""
     try:
-        handle = os.open(seal_of(path), os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(seal_of(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return True
     except OSError:  # a link
         return False
     with os.fdopen(handle, "rb") as file:
-        return file.read(4096) == _expected(path, connection)
+        return stat.S_ISREG(os.fstat(handle).st_mode) and file.read(4096) == _expected(path, connection)
 
 
 def break_seal(path: Path) -> None:

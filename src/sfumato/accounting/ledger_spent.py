@@ -21,20 +21,16 @@ MOST_CELLS = 1 << 25
 
 @dataclass
 class _Tally:
-    """Entries of one group of one data set: those for all of it, and those for record numbers (a count a record)."""
+    """Entries of one group of one data set: those for all of it, and those for sets of record numbers (by digest)."""
 
     whole: Counter[Event] = field(default_factory=Counter)
-    numbered: dict[Event, NDArray[np.int64]] = field(default_factory=dict)
+    numbered: dict[Event, Counter[str]] = field(default_factory=dict)
 
-    def add(self, event: Event, count: int, records: Records | None) -> None:
-        if records is None:
+    def add(self, event: Event, count: int, digest: str | None) -> None:
+        if digest is None:
             self.whole[event] += count
-            return
-        held = self.numbered.get(event, np.zeros(0, np.int64))
-        if len(held) <= (last := int(records.numbers[-1])):
-            held = np.concatenate([held, np.zeros(max(last + 1, 2 * len(held)) - len(held), np.int64)])
-        held[records.numbers] += count
-        self.numbered[event] = held
+        else:
+            self.numbered.setdefault(event, Counter())[digest] += count
 
 
 class Spending:
@@ -67,8 +63,7 @@ class Spending:
             self._fresh[event] += count
 
     def _settle(self, scope: Scope, event: Event, count: int) -> None:
-        records = None if scope.records is None else self.sets[scope.records]
-        self._settled[scope.dataset, scope.group].add(event, count, records)
+        self._settled[scope.dataset, scope.group].add(event, count, scope.records)
 
     def candidates(self, scope: Scope = EVERYONE, records: Records | None = None) -> list[Counts]:
         """What a record of ``scope`` may have been charged: no record was charged more than one of these."""
@@ -116,34 +111,59 @@ class Spending:
     ) -> Rows:
         tallies = [self._settled[dataset, g] for g in {None, group} if (dataset, g) in self._settled]
         whole: Rows = np.array([*(sum(t.whole[e] for t in tallies) for e in events), 0], np.int64)
-        columns: list[tuple[int, NDArray[np.int64]]] = [
-            (i, t.numbered[e]) for i, e in enumerate(events) for t in tallies if e in t.numbered
-        ]
+        columns: defaultdict[int, Counter[str]] = defaultdict(Counter)  # releases of each event by set of numbers
+        for i, event in enumerate(events):
+            for tally in tallies:
+                columns[i].update(tally.numbered.get(event, {}))
         if live is not None and live.group in (None, group):
             if live.records is None:
                 whole[-1] = 1
             else:
-                numbers = self.sets[live.records].numbers
-                member = np.zeros(int(numbers[-1]) + 1, np.int64)
-                member[numbers] = 1
-                columns.append((len(events), member))
-        if not columns:
+                columns[len(events)][live.records] = 1
+        used = [i for i in sorted(columns) if columns[i]]
+        if not used:
             return whole[None]
-        used = sorted({i for i, _ in columns})
-        size = max(len(column) for _, column in columns) + 1  # and one who has no number here
+        sets = {digest: self.sets[digest].numbers for digest in {d for i in used for d in columns[i]}}
+        places, chosen, size = _compressed(sets, asked)
         if size * len(used) > MOST_CELLS:
-            for i, column in columns:
-                whole[i] += int(column.max())
+            for i in used:
+                whole[i] += int(_charged(columns[i], places, size).max())
             return whole[None]
-        table: Rows = np.zeros((size, len(used)), np.int64)
-        for i, column in columns:
-            table[: len(column), used.index(i)] += column
-        if asked is not None:
-            table = table[np.unique(np.minimum(asked, size - 1))]
-        table = _undominated(table)
+        table = np.stack([_charged(columns[i], places, size) for i in used], axis=1)
+        table = _undominated(table if chosen is None else table[chosen])
         rows = np.repeat(whole[None], len(table), axis=0)
         rows[:, used] += table
         return rows
+
+
+Places = NDArray[np.uint32] | NDArray[np.int64]
+
+
+def _compressed(
+    sets: dict[str, NDArray[np.uint32]], asked: NDArray[np.uint32] | None
+) -> tuple[dict[str, Places], Places | None, int]:
+    """Places of the numbers of every set, and of those asked for, in a table of this size.
+
+    Its last row is for one who has no number here. Its size depends on how many numbers there are, not on the largest.
+    """
+    last = max(int(numbers[-1]) for numbers in sets.values())
+    if last < max(1 << 16, 4 * sum(map(len, sets.values()))):
+        return dict(sets), None if asked is None else np.unique(np.minimum(asked, last + 1)), last + 2
+    every = np.unique(np.concatenate(list(sets.values())))
+    places: dict[str, Places] = {digest: np.searchsorted(every, numbers) for digest, numbers in sets.items()}
+    if asked is None:
+        return places, None, len(every) + 1
+    found = np.searchsorted(every, asked)
+    there = every[np.minimum(found, len(every) - 1)] == asked
+    return places, np.unique(np.where(there, found, len(every))), len(every) + 1
+
+
+def _charged(sets: Counter[str], places: dict[str, Places], size: int) -> NDArray[np.int64]:
+    """How much each place was charged."""
+    total = np.zeros(size, np.int64)
+    for digest, count in sets.items():
+        total[places[digest]] += count
+    return total
 
 
 def _undominated(rows: Rows) -> Rows:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import LedgerError
-from .ledger_file import FORMAT, SCHEMA, VERSION, foreign, found_or_created, identity
-from .ledger_seal import break_seal, intact, write_seal
+from .ledger_file import FORMAT, SCHEMA, VERSION, foreign, found_or_created, identity, side_files
+from .ledger_seal import break_seal, intact, seal_of, write_seal
 
 
 class Store:
@@ -25,6 +26,8 @@ class Store:
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._file: tuple[int, int] | None = None
+        self._beside: list[tuple[int, int] | None] = []
+        self._busy = self._closed = False
         if path is None:
             self.connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             self.connection.executescript(SCHEMA)
@@ -46,6 +49,8 @@ class Store:
             self.connection.executescript("PRAGMA synchronous=FULL; PRAGMA fullfsync=1;")
             tables = {name for (name,) in self.execute("SELECT name FROM sqlite_master")}
             meta = dict(self.execute("SELECT key, value FROM meta")) if "meta" in tables else {}
+            # While a connection is open nobody may remove these; SQLite goes on writing to a file without a name.
+            self._beside = side_files(path)
         if meta.get("format") != FORMAT:
             raise foreign(path)
         if meta.get("schema") != VERSION:
@@ -69,23 +74,36 @@ class Store:
             raise self.damaged("the file was changed after it was closed", str(self.path))
 
     def about_to_change(self) -> None:
-        """Inside the transaction that will change the file."""
+        """Inside the transaction that will change the file, before it does."""
         if self.path is not None:
+            # The next seal must not bless an edit made since this ledger was opened. A new connection, as pages that
+            # this one holds in memory are not read again.
+            if os.path.lexists(seal_of(self.path)):
+                with closing(sqlite3.connect(self.path.as_uri() + "?mode=ro", uri=True)) as fresh:
+                    if not intact(self.path, fresh):
+                        raise self.damaged("the file was changed after it was closed", str(self.path))
             break_seal(self.path)
 
     def close(self, *, seal: bool) -> None:
         """Close, and seal if nobody else is writing; harmless when repeated and in a forked child."""
         if os.getpid() != self._pid:
             return
-        with self._lock:
+        with self._alone():
             # A seal that cannot be written (a full disk, others at work) leaves the chain to be checked.
             with suppress(sqlite3.Error, OSError, LedgerError):
-                if seal and self.path is not None and identity(self.path) == self._file:
+                if seal and self.path is not None and identity(self.path) == self._file and self._holds():
                     self.execute("PRAGMA busy_timeout=2000")
                     self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     with self.transaction():
-                        write_seal(self.path, self.connection)
-            self.connection.close()
+                        if self.execute("SELECT 1 FROM entries LIMIT 1").fetchone():
+                            write_seal(self.path, self.connection)
+            if self._beside and not self._closed and not self._holds():
+                # Closing would copy a log that is no longer the ledger's over what others wrote since: the connection
+                # is kept until the process ends.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.connection))
+            else:
+                self.connection.close()
+            self._closed = True
 
     def damaged(self, what: str, found: object) -> LedgerError:
         """The error for a ledger that cannot be trusted."""
@@ -96,14 +114,41 @@ class Store:
             fix="restore the latest backup and add what was released since; do not train on a damaged ledger.",
         )
 
+    def _holds(self) -> bool:
+        """Whether the write-ahead log and its index are the files that this connection writes to."""
+        return self.path is None or side_files(self.path) == self._beside
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time, and no signal handler inside what it interrupted."""
+        with self._lock:
+            if self._busy:
+                raise LedgerError(
+                    f"ledger {self.where} is in use by the code that was interrupted for this (a signal handler?); "
+                    "nothing was read or recorded.",
+                    found=None,
+                    where=self.where,
+                    fix="set a flag in the handler, and use the ledger after the step.",
+                )
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
+
     @contextmanager
     def transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
         """All or nothing; "DEFERRED" suffices to read one consistent state."""
         # IMMEDIATE takes the write lock before the last entry is read, so two processes cannot extend the same one.
+        lost = "the write-ahead log was removed or replaced while in use"
         try:
             self.execute(f"BEGIN {kind}")
+            if not self._holds():
+                raise self.damaged(lost, None)
             yield
             self.execute("COMMIT")
+            if not self._holds():  # what was just committed may be in no file that has a name
+                raise self.damaged(lost, None)
         except BaseException:
             if self.connection.in_transaction:
                 self.execute("ROLLBACK")
@@ -119,17 +164,17 @@ class Store:
                 where=self.where,
                 fix="open it again in this process: Ledger(path).",
             )
-        with self._lock:
+        with self._alone():
             if self.path is not None and identity(self.path) != self._file:
                 raise self.damaged("the file was deleted or replaced while in use", None)
             try:
                 yield
-            except (sqlite3.Error, OverflowError, UnicodeError, OSError) as error:
+            except (sqlite3.Error, OverflowError, UnicodeError, OSError, MemoryError) as error:
                 if self.path is not None and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
                     raise foreign(self.path) from error
                 raise LedgerError(
-                    f"ledger {self.where}: {error}; nothing was recorded.",
+                    f"ledger {self.where}: {error or 'out of memory'}; nothing was recorded.",
                     found=str(error),
                     where=self.where,
-                    fix="check that the ledger is open, intact and writable, and that the disk has room.",
+                    fix="check that the ledger is open and intact, its folder writable, and that the disk has room.",
                 ) from error

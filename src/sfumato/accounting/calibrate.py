@@ -145,7 +145,7 @@ def noise_multiplier(
             where="target",
             fix="raise the target, lower sample_rate or take fewer steps.",
         )
-    return max(MIN_NOISE, math.exp(-GRAIN * found)) if found < high else MIN_NOISE
+    return math.exp(-GRAIN * found)  # the very number that was held against the target
 
 
 def steps(

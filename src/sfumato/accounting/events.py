@@ -113,6 +113,11 @@ class Event:
                     f"a {kind!r} event needs a public dataset_size and a cap <= dataset_size, got "
                     f"{self.dataset_size!r} and {self.cap!r}"
                 )
+            if kind == "fixed-size-gaussian" and self.sample_rate < self.cap / self.dataset_size * (1 - 1e-12):
+                raise ConfigurationError(
+                    f"a batch of {self.cap} out of {self.dataset_size} is drawn at the rate "
+                    f"{self.cap / self.dataset_size:g}, not {self.sample_rate!r}"
+                )
         elif self.dataset_size is not None or self.cap is not None:
             raise ConfigurationError(f"dataset_size and cap mean nothing to a {kind!r} event")
         if kind == "truncated-poisson-gaussian" and self.adjacency != "zero-out":
@@ -129,6 +134,11 @@ class Event:
             raise ConfigurationError(f"records={self.records} is accounted for Gaussian events only, not {kind!r}")
         if kind == "skellam" and self.l1_sensitivity is None:
             raise ConfigurationError("a 'skellam' event needs its l1_sensitivity beside its (L2) sensitivity")
+        if self.l1_sensitivity is not None and self.l1_sensitivity < self.sensitivity:
+            raise ConfigurationError(
+                f"l1_sensitivity {self.l1_sensitivity!r} is below the L2 sensitivity {self.sensitivity!r}, as in no "
+                "vector"
+            )
         integers = ("discrete-gaussian", "skellam")
         if kind not in integers and (self.sensitivity, self.l1_sensitivity, self.dimension) != (1.0, None, 1):
             raise ConfigurationError(f"sensitivity, l1_sensitivity and dimension belong to {' and '.join(integers)}")

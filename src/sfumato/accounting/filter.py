@@ -57,7 +57,7 @@ class Filter:
 
     def spent(self, events: Mapping[Event, int]) -> float:
         """Rényi divergence of ``events`` together, rounded up."""
-        return math.fsum(times * self.cost(event) for event, times in events.items() if times) * (1.0 + 1e-12)
+        return math.fsum(times * self.cost(event) for event, times in charges(events).items()) * (1.0 + 1e-12)
 
     def epsilon(self, events: Mapping[Event, int]) -> float:
         """Epsilon at ``budget.delta`` by the same order; 0 if nothing was released.
@@ -70,7 +70,8 @@ class Filter:
 
     def allows(self, events: Mapping[Event, int], event: Event) -> bool:
         """Whether ``event`` still fits beside ``events``, all that was released before."""
-        return self.allowed(self.spent(events), event)
+        charges({**events, event: events.get(event, 0) + 1})
+        return event.mechanism == "covered" or self.allowed(self.spent(events), event)
 
     def allowed(self, spent: float, event: Event) -> bool:
         """:meth:`allows` for a caller who keeps the running sum of :meth:`cost`, in microseconds."""

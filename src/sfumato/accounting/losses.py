@@ -42,7 +42,7 @@ from .pairs import (
 
 MAX_CELLS = 1 << 22
 GAUSS_LEGENDRE = tuple(zip(*np.polynomial.legendre.leggauss(4), strict=True))
-MAX_LOSS = 600.0  # exp() of a range of losses must stay finite where ratios are formed
+MAX_LOSS = 350.0  # exp() of a range of losses, and of the masses beside it, must stay well within floating point
 
 
 class Cells(NamedTuple):
@@ -222,7 +222,8 @@ def lower_masses(cells: Cells, step: float) -> tuple[Masses, float]:
     nodes = (cells.start + np.arange(cells.low.size + 1)) * step
     low, high = np.exp(cells.low), np.exp(cells.high)
     total = low + high
-    gap = np.divide(low * high, total, out=np.zeros_like(total), where=total > 0)
+    # Not low * high / total: masses far out are so small that their product underflows, and no gap would be seen.
+    gap = low * np.divide(high, total, out=np.zeros_like(total), where=total > 0)
     mu = np.maximum(np.append(gap * math.expm1(step), 0.0), np.append(0.0, gap * -math.expm1(-step)))
     # Nothing is lowered below the line 1 - ratio or below 0: above_line, above_zero are the room, in the units of mu.
     mass = np.append(low, 0.0) + np.append(0.0, high)

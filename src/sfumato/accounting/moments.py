@@ -103,8 +103,8 @@ def _summed(exponent: Array, order: float) -> float:
 def gaussian_divergence(p: Shifts, q: Shifts, sigma: float, order: float) -> float:
     """Rényi divergence of N(p, sigma^2) from N(q, sigma^2) for mixtures; never too small, inf where out of reach."""
     # Where the integrand peaks, z is order * (mean shift under P) - (order - 1) * (mean shift under Q), over sigma.
-    low = -REACH + min(0.0, order * min(p.at) - (order - 1.0) * max(q.at)) / sigma
-    high = REACH + max(0.0, order * max(p.at) - (order - 1.0) * min(q.at)) / sigma
+    low = -REACH + min(0.0, min(p.at), min(q.at), order * min(p.at) - (order - 1.0) * max(q.at)) / sigma
+    high = REACH + max(0.0, max(p.at), max(q.at), order * max(p.at) - (order - 1.0) * min(q.at)) / sigma
     if (high - low) / COARSE > MOST_NODES:
         return math.inf
 

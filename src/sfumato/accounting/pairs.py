@@ -114,8 +114,12 @@ def largest_loss(pair: Pair, *, add: bool) -> float:
     """Supremum of the loss in one direction, rounded up; inf for Gaussian tails."""
     match pair:
         case Laplace():
-            bottom, top = (float(v) for v in _sampled(np.array([-1.0, 1.0]) / pair.sigma, pair.rate))
-            return (-bottom if add else top) * (1.0 + 1e-12)
+            shift = 1.0 / pair.sigma
+            if shift > 500.0:
+                return shift
+            # log(1 - q + q e^x), exact to its last bits however near 0 it is.
+            found = -math.log1p(pair.rate * math.expm1(-shift)) if add else math.log1p(pair.rate * math.expm1(shift))
+            return found * (1.0 + 1e-12)
         case Mixture(replaced=True) | Discrete(replaced=True):
             return math.inf
         case Mixture():

@@ -95,6 +95,12 @@ def delta_lower(events: Mapping[Event, int], *, epsilon: float) -> float:
 
 def certify(parts: Mapping[Pair, int], delta: float) -> Epsilon:
     """Upper bound now, lower bound on demand, for validated releases."""
+    if any(times and coarser(pair) != pair for pair, times in parts.items()):
+        return Epsilon(_certified(parts, delta), delta=delta, lower=0.0)  # less noise is assumed: an upper bound only
+    return _certified(parts, delta)
+
+
+def _certified(parts: Mapping[Pair, int], delta: float) -> Epsilon:
     parts = _happened(parts)
     if not parts:
         return Epsilon(0.0, delta=delta, lower=0.0)
@@ -143,6 +149,8 @@ def _lower(parts: dict[Pair, int], delta: float, upper: float) -> float:
 
 
 def _log_delta(parts: Mapping[Pair, int], epsilon: float, *, upper: bool) -> float:
+    if not upper and any(times and coarser(pair) != pair for pair, times in parts.items()):
+        return -math.inf
     parts = _happened(parts)
     if not parts:
         return -math.inf

@@ -1,4 +1,4 @@
-"""Faults found by attacks on the accountant, each with the value that showed it."""
+"""Faults that the accountant once had, each with the value that showed it."""
 
 import math
 

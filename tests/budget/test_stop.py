@@ -272,3 +272,45 @@ def test_steps_replayed_from_a_checkpoint_are_checked_again(tmp_path: Any) -> No
         if w.engine.stopped:
             break
     assert w.engine.stopped
+
+
+def test_what_is_left_is_asked_again_for_another_step_than_the_next() -> None:
+    """Steps that were looked at in advance say nothing about later, dearer ones."""
+    budget = Budget(epsilon=6.0, delta=1e-5)
+    plan = some_falling_plan()
+    charging = Charging(Ledger(), budget, Scope(), reserve=1)
+    assert charging.left(plan, 0) != Charging(Ledger(), budget, Scope(), reserve=1).left(plan, 12)
+    assert charging.left(plan, 12) == Charging(Ledger(), budget, Scope(), reserve=1).left(plan, 12)
+
+
+def test_a_schedule_goes_on_where_the_look_ahead_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(epsilon=6.0, delta=1e-5)
+    steps = walk(Charging(Ledger(), budget, Scope(), reserve=1), some_falling_plan())
+    monkeypatch.setattr("sfumato.session.charging.LOOKAHEAD", 4)
+    assert steps is not None
+    assert steps > 8
+    assert walk(Charging(Ledger(), budget, Scope(), reserve=1), some_falling_plan()) == steps
+
+
+def some_falling_plan() -> Plan:
+    return Plan(
+        noise_multiplier=3.0,
+        max_grad_norm=1.0,
+        sampler=sf.Poisson(0.2),
+        expected_batch_size=20,
+        dataset_size=100,
+        steps_per_epoch=5,
+        noise_schedule=Exponential(gamma=0.9, every=1),
+    )
+
+
+def test_more_noise_lets_the_loader_go_on_after_the_budget_ended_it() -> None:
+    torch.manual_seed(0)
+    w = world(budget=sf.Budget(epsilon=3.0, delta=1e-5), noise_multiplier=0.8)
+    run(w, 50)
+    assert w.engine.stopped
+    done = w.engine.steps
+    w.engine.change(noise_multiplier=50.0)
+    run(w, 1)
+    assert w.engine.steps > done
+    assert w.engine.get_epsilon(1e-5) <= 3.0

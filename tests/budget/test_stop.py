@@ -312,5 +312,6 @@ def test_more_noise_lets_the_loader_go_on_after_the_budget_ended_it() -> None:
     done = w.engine.steps
     w.engine.change(noise_multiplier=50.0)
     run(w, 1)
-    assert w.engine.steps > done
+    assert w.engine.steps >= done + w.engine.plan.steps_per_epoch
+    assert not w.engine.stopped
     assert w.engine.get_epsilon(1e-5) <= 3.0

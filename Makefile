@@ -21,7 +21,7 @@ $(PY):
 
 # One stamp per set of extras, so that a second run starts at once. The install is editable: sources are never stale.
 $(VENV)/.demo:  extras := cli
-$(VENV)/.test:  extras := cli,data,hf,dev
+$(VENV)/.test:  extras := cli,data,hf,flower,dev
 $(VENV)/.bench: extras := cli,data,bench
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing sfumato[$(extras)] into $(VENV) (the first time takes some minutes) ..."

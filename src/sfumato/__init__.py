@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sfumato import accounting, clipping, errors, noise, sampling, schedules
+    from sfumato import accounting, clipping, errors, federated, noise, sampling, schedules
     from sfumato.accounting import Budget, Epsilon, Event, Ledger
     from sfumato.checking import check, check_rule, fix
     from sfumato.engine import PrivacyEngine
@@ -37,7 +37,7 @@ _HOMES = {
     "rows": "ghost.declared",
     "rule": "ghost.rules.user",
 }
-_MODULES = ("accounting", "clipping", "errors", "noise", "sampling", "schedules")
+_MODULES = ("accounting", "clipping", "errors", "federated", "noise", "sampling", "schedules")
 
 __all__ = [
     "Budget",
@@ -55,6 +55,7 @@ __all__ = [
     "check_rule",
     "clipping",
     "errors",
+    "federated",
     "fix",
     "noise",
     "record",

@@ -29,6 +29,7 @@ from .settings import Settings, complete
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+FEATURES_NOTE = "A fixed feature map without trained parameters is applied to each record on its own."
 NEEDED = ("safetensors", "matplotlib", "jinja2", "tqdm")
 
 
@@ -93,12 +94,12 @@ def device_for(name: str) -> torch.device:
     return torch.device(name)
 
 
-def built(settings: Settings, data: DataSet, device: torch.device) -> nn.Module:
-    """A new model, initialised from the seed of ``settings``."""
-    torch.manual_seed(settings.seed)
-    model = build(settings.recipe.model, data.input_shape, len(data.classes)).to(device)
+def built(name: str, seed: int, data: DataSet, device: torch.device) -> nn.Module:
+    """A new model, initialised from ``seed``."""
+    torch.manual_seed(seed)
+    model = build(name, data.input_shape, len(data.classes)).to(device)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigurationError(f"model {settings.recipe.model} has no trainable parameter")
+        raise ConfigurationError(f"model {name} has no trainable parameter")
     return model
 
 
@@ -149,8 +150,7 @@ def _feed(model: nn.Module, data: DataSet, device: torch.device) -> tuple[nn.Mod
     train_part, test_part = (
         Records(extract(model.features, part.x, device), part.y) for part in (data.train, data.test)
     )
-    note = "A fixed feature map without trained parameters is applied to each record on its own."
-    return model.head, replace(data, train=train_part, test=test_part, checked=(*data.checked, note))
+    return model.head, replace(data, train=train_part, test=test_part, checked=(*data.checked, FEATURES_NOTE))
 
 
 def _privatise(

@@ -36,7 +36,7 @@ def run_job(options: Namespace, argv: Sequence[str]) -> Result:
     data, settings = load_data(options)
     warn("train", *data.warnings, *leftovers(out))
     device = device_for(settings.device)
-    model = built(settings, data, device)
+    model = built(settings.recipe.model, settings.seed, data, device)
     spending = Spending(settings.ledger)
     folder: RunFolder | None = None
     try:

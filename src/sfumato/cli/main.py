@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BudgetExceeded, PrivacyError, SfumatoError
-from . import calibrate, check, epsilon, ledger, report, sweep, train
+from . import calibrate, check, epsilon, federate, ledger, report, sweep, train
 from .messages import one_line, parser_message, visible
 from .result import Result
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, ModuleType] = {
     "check": check,
     "ledger": ledger,
     "report": report,
+    "federate": federate,
 }
 
 

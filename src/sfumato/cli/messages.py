@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 _KINDS = {"float": "number", "int": "whole number", "str": "text", "bool": "true or false"}
 
@@ -36,6 +37,13 @@ def parser_message(text: str, commands: Iterable[str]) -> str:
     return re.sub(r"Subcommand '\w+' does not accept option '([^']+)'", r"unknown option or key '\1'", text)
 
 
+class _Line(logging.Formatter):
+    """One line, whatever names from the data are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
 @contextmanager
 def logged(wanted: bool) -> Iterator[None]:
     """Show what the library logs at INFO, on standard error and only here."""
@@ -43,7 +51,7 @@ def logged(wanted: bool) -> Iterator[None]:
         yield
         return
     logger, handler = logging.getLogger("sfumato"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    handler.setFormatter(_Line("%(name)s: %(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -52,6 +60,30 @@ def logged(wanted: bool) -> Iterator[None]:
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)
+
+
+@contextmanager
+def first_warnings(most: int) -> Iterator[None]:
+    """Show the first ``most`` warnings that the library logs, on standard error, and say that there were more."""
+
+    class First(logging.StreamHandler[TextIO]):
+        seen = 0
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.seen += 1
+            if self.seen <= most:
+                super().emit(record)
+
+    logger, handler = logging.getLogger("sfumato"), First(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_Line("%(name)s: warning: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        if handler.seen > most:
+            print(f"sfumato: warning: {handler.seen - most:,} more such warnings (--verbose)", file=sys.stderr)
 
 
 def _flag(key: str) -> str:

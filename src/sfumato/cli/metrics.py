@@ -26,6 +26,26 @@ _WITHOUT = (
 )
 
 
+class JsonLines:
+    """``metrics.jsonl`` in ``folder``; without a folder nothing is written."""
+
+    def __init__(self, folder: Path | None):
+        self._file: TextIO | None = None if folder is None else (folder / METRICS_NAME).open("w", encoding="utf-8")
+
+    def write(self, row: dict[str, object]) -> None:
+        """One line, on disk at once: None is left out, infinity and NaN become null."""
+        if self._file is None:
+            return
+        kept = {k: finite(v) if isinstance(v, float) else v for k, v in row.items() if v is not None}
+        self._file.write(json.dumps(kept, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
 class Metrics:
     """Collects rows, writes each one as a line of JSON (the first line is a note), and moves a progress bar.
 
@@ -36,11 +56,11 @@ class Metrics:
         self.steps: list[StepRow] = []
         self.epochs: list[EpochRow] = []
         self._private = private
-        self._file: TextIO | None = None if folder is None else (folder / METRICS_NAME).open("w", encoding="utf-8")
+        self._lines = JsonLines(folder)
         self._live = sys.stderr.isatty()
         self._bar = tqdm(total=planned_steps, unit="step", file=sys.stderr, disable=not self._live, leave=False)
         self._shown: dict[str, str] = {}
-        self._write({"kind": "note", "note": _WITH if private else _WITHOUT})
+        self._lines.write({"kind": "note", "note": _WITH if private else _WITHOUT})
 
     def __enter__(self) -> Metrics:
         return self
@@ -49,13 +69,12 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
+        self._lines.close()
 
     def step(self, row: StepRow) -> None:
         """One release."""
         self.steps.append(row)
-        self._write({"kind": "step"} | asdict(row))
+        self._lines.write({"kind": "step"} | asdict(row))
         formats: dict[str, Callable[[float], str]] = {
             "loss": "{:.3f}".format,
             "train_accuracy": "{:.3f}".format,
@@ -71,15 +90,8 @@ class Metrics:
     def epoch(self, row: EpochRow) -> None:
         """One evaluation; without a terminal, also one line of progress."""
         self.epochs.append(row)
-        self._write({"kind": "epoch"} | asdict(row))
+        self._lines.write({"kind": "epoch"} | asdict(row))
         self._shown |= {"epsilon": f"{row.epsilon:.3f}", "test_accuracy": f"{row.test_accuracy:.4f}"}
         if not self._live:
             shown = "  ".join(f"{k} {v}" for k, v in self._shown.items())
             print(f"step {row.step} of {self._bar.total}  {shown}", file=sys.stderr, flush=True)
-
-    def _write(self, row: dict[str, object]) -> None:
-        if self._file is None:
-            return
-        kept = {k: finite(v) if isinstance(v, float) else v for k, v in row.items() if v is not None}
-        self._file.write(json.dumps(kept, allow_nan=False) + "\n")
-        self._file.flush()

@@ -113,7 +113,7 @@ def facts_of(
         epsilon_at=profile(spent) if private else (),
         trade_off=trade_off(spent) if private else (),
         private_metrics=settings.private_metrics,
-        versions=_versions(),
+        versions=versions(),
         command=shlex.join(["sfumato", *argv]),
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -151,7 +151,8 @@ def result_of(facts: RunFacts, folder: Path, model_name: str) -> Result:
     return Result(data, text)
 
 
-def _versions() -> tuple[tuple[str, str], ...]:
+def versions() -> tuple[tuple[str, str], ...]:
+    """((package, version), …) of what a result depends on."""
     found = []
     for name in ("sfumato", "torch", "numpy", "scipy", "cryptography"):
         try:

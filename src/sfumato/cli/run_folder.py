@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import ConfigurationError
 
 LEDGER_NAME = "ledger.db"
+LEDGERS_NAME = "ledgers"  # a folder with one ledger for each client
 SIDE_FILES = ("-wal", "-shm", ".seal")
 
 
@@ -31,7 +32,8 @@ def check_free(out: Path) -> None:
 
 def abandoned(out: Path) -> list[Path]:
     """Ledgers that killed runs to the same ``out`` left behind."""
-    return sorted(out.absolute().parent.glob(f".{out.absolute().name}.partial-*/{LEDGER_NAME}"))
+    left = f".{out.absolute().name}.partial-*"
+    return sorted(p for name in (LEDGER_NAME, LEDGERS_NAME) for p in out.absolute().parent.glob(f"{left}/{name}"))
 
 
 class RunFolder:
@@ -52,17 +54,23 @@ class RunFolder:
         check_free(self.out)
         mask = _umask()
         self.path.chmod(0o777 & ~mask)
-        for file in self.path.iterdir():
-            file.chmod(0o666 & ~mask)
+        for entry in self.path.rglob("*"):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
         with contextlib.suppress(FileNotFoundError):
             self.out.rmdir()
         os.replace(self.path, self.out)
         return self.out
 
     def abandon(self, *, keep_ledger: bool) -> Path | None:
-        """Remove everything; with ``keep_ledger`` move the (closed) ledger beside ``out`` and return its new path."""
+        """Remove everything; with ``keep_ledger`` move the (closed) ledger, or the folder of ledgers, beside ``out``.
+
+        Returns its new path.
+        """
         kept = None
-        if keep_ledger and (self.path / LEDGER_NAME).exists():
+        if keep_ledger and (self.path / LEDGERS_NAME).is_dir():
+            kept = _unused(self.out.with_name(f"{self.out.name}.spent-{LEDGERS_NAME}"))
+            os.replace(self.path / LEDGERS_NAME, kept)
+        elif keep_ledger and (self.path / LEDGER_NAME).exists():
             kept = _unused(self.out.with_name(f"{self.out.name}.spent-{LEDGER_NAME}"))
             for suffix in SIDE_FILES:  # first, so that the ledger never stands without its journal
                 if (side := self.path / f"{LEDGER_NAME}{suffix}").exists():

@@ -43,12 +43,12 @@ def add_target(parser: ArgumentParser) -> None:
     # fmt: on
 
 
-def add_arguments(parser: ArgumentParser, *, out: str, budget: str) -> None:
-    """Flags; a hyperparameter that is not given comes from the recipe of the data set."""
+def add_data(parser: ArgumentParser, *, more: str = "") -> None:
+    """Flags for what is trained on, and which model."""
     add = parser.add_argument
     # fmt: off
     add("--data", type=str, default="digits", metavar="DATA",
-        help="'digits' (embedded, default), an idx folder, a CSV or Parquet file, or an image folder")
+        help=f"'digits' (embedded, default), {more}an idx folder, a CSV or Parquet file, or an image folder")
     add("--label", type=str, metavar="COLUMN", help="column to predict (tables)")
     add("--bounds", type=str, metavar="FILE.yaml",
         help="public ranges and categories of a table's columns: {age: [0, 120], colour: [red, blue]}")
@@ -56,6 +56,14 @@ def add_arguments(parser: ArgumentParser, *, out: str, budget: str) -> None:
     add("--image-size", type=int, help="resize images of a folder to this many pixels squared")
     add("--model", type=str,
         help="linear, mlp, cnn, tramer_boneh, papernot, scattering, energy, or package.module:factory")
+    # fmt: on
+
+
+def add_arguments(parser: ArgumentParser, *, out: str, budget: str) -> None:
+    """Flags; a hyperparameter that is not given comes from the recipe of the data set."""
+    add_data(parser)
+    add = parser.add_argument
+    # fmt: off
     add("--delta", type=float, default=DEFAULT_DELTA, help="delta of the guarantee (default 1e-5)")
     add("--epochs", type=int, help="passes over the data (expected)")
     add("--batch-size", type=int, help="expected records per step; each is drawn independently")

@@ -142,7 +142,7 @@ def _all(
 def _trial(
     settings: Settings, target: float | None, data: DataSet, device: torch.device, spending: Spending, folder: RunFolder
 ) -> Trial:
-    model = built(settings, data, device)
+    model = built(settings.recipe.model, settings.seed, data, device)
     with fitted(settings, data, model, device, spending.open(folder.path), None) as done:
         if done.engine.stopped and done.engine.steps < done.planned_steps:
             raise BudgetExceeded(

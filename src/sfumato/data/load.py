@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ConfigurationError, DataError
+from .clients import FederatedData, simulated
 from .dataset import DataSet
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".pq")
 DEFAULT_TEST_FRACTION = 0.2
+DEFAULT_PUBLIC_FRACTION = 0.1
+DEFAULT_CLIENTS = 20
+DEFAULT_ALPHA = 0.5
+CHEM97 = "chem97"
 
 
 def load(
@@ -52,6 +57,52 @@ def load(
     if not label:
         raise ConfigurationError(f"{data} is a table: say which column to predict with --label COLUMN")
     return load_table(path, label=label, bounds=bounds, test_fraction=test_fraction or DEFAULT_TEST_FRACTION)
+
+
+def load_federated(
+    data: str,
+    *,
+    clients: int | None = None,
+    client_column: str | None = None,
+    alpha: float | None = None,
+    public_fraction: float = DEFAULT_PUBLIC_FRACTION,
+    label: str | None = None,
+    bounds: str | None = None,
+    test_fraction: float | None = None,
+    image_size: int | None = None,
+) -> FederatedData:
+    """Like :func:`load`, and divided: by ``client_column`` of a table, or among ``clients`` simulated ones.
+
+    ``chem97`` has clients of its own. ``public_fraction`` of the training records is set apart as public.
+    """
+    if not 0 <= public_fraction < 1:
+        raise ConfigurationError(f"--public-fraction must lie in [0, 1), got {public_fraction:g}")
+    if data == CHEM97 or client_column is not None:
+        _refuse("clients that the data itself names", ("--clients", clients), ("--alpha", alpha))
+        _refuse("tables", ("--image-size", image_size))
+        test = DEFAULT_TEST_FRACTION if test_fraction is None else test_fraction
+        if not 0 < test < 1:
+            raise ConfigurationError(f"--test-fraction must lie between 0 and 1, got {test:g}")
+        from .natural import load_chem97, load_natural
+
+        if data == CHEM97:
+            _refuse(CHEM97, ("--label", label), ("--bounds", bounds))
+            return load_chem97(column=client_column or "school", test_fraction=test, public_fraction=public_fraction)
+        if _kind(data) != "table":
+            raise ConfigurationError(f"--client-column names a column of a table; {data} is none")
+        if not label:
+            raise ConfigurationError(f"{data} is a table: say which column to predict with --label COLUMN")
+        return load_natural(
+            Path(data), label=label, column=client_column or "", bounds=bounds, test_fraction=test,
+            public_fraction=public_fraction,
+        )  # fmt: skip
+    whole = load(data, label=label, bounds=bounds, test_fraction=test_fraction, image_size=image_size)
+    return simulated(
+        whole,
+        clients=DEFAULT_CLIENTS if clients is None else clients,
+        alpha=DEFAULT_ALPHA if alpha is None else alpha,
+        public_fraction=public_fraction,
+    )
 
 
 def _kind(data: str) -> str:

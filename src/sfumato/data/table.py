@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,43 @@ ASINH_SCALE = 4.0  # asinh(x) / 4, cut at +-4: monotone, and covers |x| up to 4 
 MAX_CLASSES = 1000
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """All rows of a table, not split. ``x``: (n, features) float32; ``y``: (n,) int64; the rest as in ``DataSet``."""
+
+    x: np.ndarray
+    y: np.ndarray
+    classes: tuple[str, ...]
+    checked: tuple[str, ...]
+    declared: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
 def load_table(path: Path, *, label: str, bounds: str | None, test_fraction: float) -> DataSet:
     """Records of shape (features,); classes are the values of ``label``; a fixed random split."""
-    frame = _read(path)
+    table = encode(read_table(path), label=label, schema=read_schema(bounds) if bounds else Schema(), where=str(path))
+    rows, held_out = split(len(table.y), test_fraction, where=str(path))
+    return DataSet(
+        name=path.name,
+        kind="table",
+        train=records(table.x[rows], table.y[rows], where=str(path)),
+        test=records(table.x[held_out], table.y[held_out], where=str(path)),
+        classes=table.classes,
+        checked=table.checked,
+        declared=table.declared,
+        warnings=table.warnings,
+    )
+
+
+def encode(frame: pd.DataFrame, *, label: str, schema: Schema, where: str) -> Encoded:
+    """Columns -> numbers by declared bounds and categories, or by a fixed transform. Raises :class:`DataError`."""
     if label not in frame.columns:
-        raise DataError(f"{path} has no column {label!r}; it has: {', '.join(map(str, frame.columns))}")
+        raise DataError(f"{where} has no column {label!r}; it has: {', '.join(map(str, frame.columns))}")
     if frame.shape[1] < 2:
-        raise DataError(f"{path} has no column besides the label {label!r}")
-    schema = read_schema(bounds) if bounds else Schema()
+        raise DataError(f"{where} has no column besides the label {label!r}")
     if unknown := sorted((set(schema.bounds) | set(schema.categories)) - set(map(str, frame.columns))):
-        raise DataError(f"--bounds names column(s) that {path} does not have: {', '.join(unknown)}")
-    classes, y = _labels(frame[label], label, schema.categories.get(label), path)
+        raise DataError(f"--bounds names column(s) that {where} does not have: {', '.join(unknown)}")
+    classes, y = _labels(frame[label], label, schema.categories.get(label), where)
     declared = ["The column names and types are public."]
     declared.append(
         f"The list of classes of {label!r} is public"
@@ -43,11 +70,11 @@ def load_table(path: Path, *, label: str, bounds: str | None, test_fraction: flo
         column, text = frame[name], str(name)
         if column.isna().any():
             missing = int(column.isna().sum())
-            raise DataError(f"{path}: column {text!r} has {missing} missing value(s).", fix="fill or drop them first.")
+            raise DataError(f"{where}: column {text!r} has {missing} missing value(s).", fix="fill or drop them first.")
         if text in schema.categories:
             columns.append(_one_hot(column.astype(str), schema.categories[text]))
         elif _is_number(column):
-            columns.append(_numeric(column.to_numpy(dtype=np.float64), schema.bounds.get(text), text, path))
+            columns.append(_numeric(column.to_numpy(dtype=np.float64), schema.bounds.get(text), text, where))
             if text not in schema.bounds and column.dtype.kind != "b":
                 loose.append(text)
         elif _is_text(column):
@@ -55,7 +82,7 @@ def load_table(path: Path, *, label: str, bounds: str | None, test_fraction: flo
             hashed.append(text)
         else:
             raise DataError(
-                f"{path}: column {text!r} has type {column.dtype}.", fix="make it numeric or text, or drop it."
+                f"{where}: column {text!r} has type {column.dtype}.", fix="make it numeric or text, or drop it."
             )
     warnings = []
     if schema.bounds or schema.categories:
@@ -70,13 +97,9 @@ def load_table(path: Path, *, label: str, bounds: str | None, test_fraction: flo
             f"no declared categories for {_some(hashed)}: values are hashed into {HASH_BUCKETS} fixed buckets. "
             "Declare the categories with --bounds for better accuracy."
         )
-    x = np.concatenate(columns, axis=1)
-    rows, held_out = split(len(y), test_fraction, where=str(path))
-    return DataSet(
-        name=path.name,
-        kind="table",
-        train=records(x[rows], y[rows], where=str(path)),
-        test=records(x[held_out], y[held_out], where=str(path)),
+    return Encoded(
+        x=np.concatenate(columns, axis=1),
+        y=y,
         classes=classes,
         checked=("Columns are scaled by declared bounds or by a fixed transform; nothing is fitted on the records.",),
         declared=tuple(declared),
@@ -84,7 +107,8 @@ def load_table(path: Path, *, label: str, bounds: str | None, test_fraction: flo
     )
 
 
-def _read(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """The file as it is. Raises :class:`DataError` for one that is unreadable, empty, or names a column twice."""
     try:
         import pandas as pd
     except ImportError:
@@ -107,21 +131,23 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _labels(
-    column: pd.Series, label: str, allowed: tuple[str, ...] | None, path: Path
+    column: pd.Series, label: str, allowed: tuple[str, ...] | None, where: str
 ) -> tuple[tuple[str, ...], np.ndarray]:
     if column.isna().any():
-        raise DataError(f"{path}: the label column {label!r} has {int(column.isna().sum())} missing value(s)")
+        raise DataError(f"{where}: the label column {label!r} has {int(column.isna().sum())} missing value(s)")
     if column.dtype.kind == "f":
         if not (column % 1 == 0).all():
-            raise DataError(f"{path}: the label column {label!r} holds fractions.", fix="give a column of classes.")
+            raise DataError(f"{where}: the label column {label!r} holds fractions.", fix="give a column of classes.")
         column = column.astype("int64")
     values = column.astype(str)
     found = sorted(column.unique(), key=lambda v: (isinstance(v, str), v))
     classes = allowed or tuple(str(v) for v in found)
     if extra := sorted(set(values) - set(classes)):
-        raise DataError(f"{path}: the label column {label!r} holds undeclared classes: {', '.join(extra[:5])}")
+        raise DataError(f"{where}: the label column {label!r} holds undeclared classes: {', '.join(extra[:5])}")
     if not 2 <= len(classes) <= MAX_CLASSES:
-        raise DataError(f"{path}: the label column {label!r} has {len(classes)} classes; 2 to {MAX_CLASSES} are needed")
+        raise DataError(
+            f"{where}: the label column {label!r} has {len(classes)} classes; 2 to {MAX_CLASSES} are needed"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[v] for v in values], dtype=np.int64)
 
@@ -140,10 +166,10 @@ def _is_text(column: pd.Series) -> bool:
     )
 
 
-def _numeric(values: np.ndarray, bounds: tuple[float, float] | None, name: str, path: Path) -> np.ndarray:
+def _numeric(values: np.ndarray, bounds: tuple[float, float] | None, name: str, where: str) -> np.ndarray:
     """(n,) -> (n, 1): declared bounds map to [-1, 1]; otherwise the fixed transform."""
     if not np.isfinite(values).all():
-        raise DataError(f"{path}: column {name!r} holds infinite values.", fix="clean them first.")
+        raise DataError(f"{where}: column {name!r} holds infinite values.", fix="clean them first.")
     if bounds is None:
         scaled = np.clip(np.arcsinh(values) / ASINH_SCALE, -ASINH_SCALE, ASINH_SCALE)
     else:

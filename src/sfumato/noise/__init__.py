@@ -1,4 +1,4 @@
-"""Where Gaussian noise and secret coin flips come from, in named levels.
+"""Where Gaussian noise, integer noise and secret coin flips come from, in named levels.
 
 ``secure`` is the production source; ``research`` is seedable, fast, and not private against a careful adversary.
 A source knows nothing of clipping or sampling: the plan alone decides the standard deviation.

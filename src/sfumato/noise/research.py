@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from . import integers
 from ._request import checked_size
 
 
 @final
 class Research:
-    """Gaussian noise from PyTorch's own generators: reproducible, and NOT private against a careful adversary.
+    """Noise from PyTorch's and NumPy's own generators: reproducible, and NOT private against a careful adversary.
 
     The generators are not cryptographic, copies and forks repeat the stream, and the float32 tail is cut off (at 5.77
     standard deviations on the CPU), which alone is a distinguishing event: at noise multiplier 1, sample rate 0.01
     and 10⁴ steps its probability is about 9e-5, above a usual delta. Use it for tests and ablations.
     The global generators of torch and numpy are neither read nor advanced. ``seed=None`` picks a fresh seed, kept in
-    ``.seed``. Noise and sampling have separate streams: how many records are drawn does not shift the noise.
+    ``.seed``. Gaussian noise, integer noise and sampling have separate streams: how many records are drawn does not
+    shift the noise.
     """
 
     level = "research"
@@ -36,6 +38,7 @@ class Research:
         self.seed = secrets.randbits(63) if seed is None else seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._coins = np.random.default_rng(self.seed)
+        self._integers = np.random.default_rng((self.seed, 1))
 
     def normal(
         self,
@@ -60,3 +63,30 @@ class Research:
     def uniform(self, n: int) -> NDArray[np.float64]:
         """Return ``n`` uniforms in [0, 1) with 53 bits."""
         return self._coins.random(n)
+
+    def skellam(
+        self, shape: Sequence[int], *, variance: integers.Rational, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return int64 Skellam draws, closed under sums; see :func:`.integers.skellam`, also for what is raised."""
+        size = checked_size(shape, 0.0, torch.float32)
+        drawn = integers.skellam(size.numel(), variance, self._random_bytes)
+        return torch.from_numpy(drawn).view(size).to(device)
+
+    def discrete_gaussian(
+        self, shape: Sequence[int], *, sigma2: integers.Rational, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return int64 discrete Gaussian draws; see :func:`.integers.discrete_gaussian`, also for what is raised."""
+        size = checked_size(shape, 0.0, torch.float32)
+        drawn = integers.discrete_gaussian(size.numel(), sigma2, self._random_bytes)
+        return torch.from_numpy(drawn).view(size).to(device)
+
+    def discrete_laplace(
+        self, shape: Sequence[int], *, scale: integers.Rational, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Return int64 discrete Laplace draws; see :func:`.integers.discrete_laplace`, also for what is raised."""
+        size = checked_size(shape, 0.0, torch.float32)
+        drawn = integers.discrete_laplace(size.numel(), scale, self._random_bytes)
+        return torch.from_numpy(drawn).view(size).to(device)
+
+    def _random_bytes(self, count: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._integers.bytes(count), np.uint8)

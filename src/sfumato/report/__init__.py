@@ -2,6 +2,16 @@
 
 from .explain import attack_sentence, percent, plain_text
 from .facts import Data, EpochRow, Guarantee, LedgerFacts, Meaning, Mechanism, RunFacts, StepRow, Training
+from .federated import client_range, federated_html, federated_json, write_federated
+from .federated_facts import (
+    FederatedFacts,
+    FederatedTraining,
+    Federation,
+    Ledgers,
+    Level,
+    RoundRow,
+)
+from .federated_words import TRUST, UNITS, costs
 from .markdown import as_card, as_markdown
 from .read import read_metrics, read_report
 from .risk import meaning, profile, trade_off
@@ -11,12 +21,20 @@ from .write import HTML_NAME, JSON_NAME, as_html, as_json, meaning_json, strict,
 __all__ = [
     "HTML_NAME",
     "JSON_NAME",
+    "TRUST",
+    "UNITS",
     "Data",
     "EpochRow",
+    "FederatedFacts",
+    "FederatedTraining",
+    "Federation",
     "Guarantee",
     "LedgerFacts",
+    "Ledgers",
+    "Level",
     "Meaning",
     "Mechanism",
+    "RoundRow",
     "RunFacts",
     "StepRow",
     "Training",
@@ -27,6 +45,10 @@ __all__ = [
     "at_least",
     "at_most",
     "attack_sentence",
+    "client_range",
+    "costs",
+    "federated_html",
+    "federated_json",
     "meaning",
     "meaning_json",
     "percent",
@@ -38,4 +60,5 @@ __all__ = [
     "strict",
     "trade_off",
     "write",
+    "write_federated",
 ]

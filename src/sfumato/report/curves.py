@@ -52,7 +52,7 @@ def curves(facts: RunFacts) -> list[Curve]:
         found = [_epsilon(facts), _accuracy(facts)]
         if facts.private_metrics:
             found += [_loss(facts), _clip_rate(facts)]
-        found += [_profile(facts), _attack(facts)]
+        found += [_profile(facts), attack(facts.trade_off, facts.guarantee.unit)]
     return [curve for curve in found if curve is not None]
 
 
@@ -69,7 +69,7 @@ def _epsilon(facts: RunFacts) -> Curve | None:
         axes.fill_between(steps, values, color=TEAL, alpha=0.08, linewidth=0)
         axes.set(xlabel="step", ylabel="ε spent", ylim=(0, None), xlim=(0, None))
 
-    return Curve("Privacy spent", f"Certified ε at δ = {facts.guarantee.delta:g}.", _svg(draw), True)
+    return Curve("Privacy spent", f"Certified ε at δ = {facts.guarantee.delta:g}.", svg(draw), True)
 
 
 def _accuracy(facts: RunFacts) -> Curve | None:
@@ -86,7 +86,7 @@ def _accuracy(facts: RunFacts) -> Curve | None:
         axes.legend(loc="lower right")
 
     note = "Test accuracy is computed from test records, which this guarantee is not about."
-    return Curve("Accuracy", note, _svg(draw), False)
+    return Curve("Accuracy", note, svg(draw), False)
 
 
 def _loss(facts: RunFacts) -> Curve | None:
@@ -98,7 +98,7 @@ def _loss(facts: RunFacts) -> Curve | None:
         _smoothed(axes, points, ROSE, None)
         axes.set(xlabel="step", ylabel="training loss", xlim=(0, None))
 
-    return Curve("Training loss", "Computed from private records without noise.", _svg(draw), False)
+    return Curve("Training loss", "Computed from private records without noise.", svg(draw), False)
 
 
 def _clip_rate(facts: RunFacts) -> Curve | None:
@@ -110,7 +110,7 @@ def _clip_rate(facts: RunFacts) -> Curve | None:
         _smoothed(axes, points, AMBER, None)
         axes.set(xlabel="step", ylabel="records clipped in %", ylim=(0, 103), xlim=(0, None))
 
-    return Curve("Clip rate", "Computed from private records without noise.", _svg(draw), False)
+    return Curve("Clip rate", "Computed from private records without noise.", svg(draw), False)
 
 
 def _profile(facts: RunFacts) -> Curve | None:
@@ -124,21 +124,23 @@ def _profile(facts: RunFacts) -> Curve | None:
         axes.axvline(facts.guarantee.delta, color=INK, linewidth=1, linestyle=":")
         axes.set(xlabel="δ", ylabel="ε", xscale="log", ylim=(0, None))
 
-    return Curve("The same run at other δ", "ε and δ trade off; the dotted line is this report's δ.", _svg(draw), True)
+    return Curve("The same run at other δ", "ε and δ trade off; the dotted line is this report's δ.", svg(draw), True)
 
 
-def _attack(facts: RunFacts) -> Curve | None:
-    if not facts.trade_off:
+def attack(trade_off: Sequence[tuple[float, float]], unit: str) -> Curve | None:
+    """Detection against false alarms of any attacker; None where nothing is guaranteed."""
+    if not trade_off:
         return None
 
     def draw(axes: Axes) -> None:
-        alarms, found = zip(*((100 * a, 100 * p) for a, p in facts.trade_off), strict=True)
+        alarms, found = zip(*((100 * a, 100 * p) for a, p in trade_off), strict=True)
         axes.plot(alarms, found, color=TEAL, linewidth=2, label="at most")
         axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":", label="guessing")
         axes.set(xlabel="false alarms in %", ylabel="members found in %", xlim=(0, 100), ylim=(0, 102))
         axes.legend(loc="lower right")
 
-    return Curve("What any attacker can find", "Membership of one record, everything else known.", _svg(draw), True)
+    note = f"Membership of one {unit}, everything else known."
+    return Curve("What any attacker can find", note, svg(draw), True)
 
 
 def _smoothed(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str | None) -> None:
@@ -154,7 +156,8 @@ def _smoothed(axes: Axes, points: Sequence[tuple[int, float]], color: str, label
     axes.plot(steps, smooth[::stride], color=color, linewidth=1.8, label=label)
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
+def svg(draw: Callable[[Axes], None]) -> str:
+    """Markup of one small figure, to put into a page."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.0), layout="constrained")

@@ -1,0 +1,1 @@
+"""Federated digits over Flower."""

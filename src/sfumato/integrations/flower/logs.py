@@ -1,0 +1,21 @@
+"""What Sfumato has to say inside Flower's processes, whose own output Flower throws away."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Names the file; on a node it stays on the node, which matters: what failed there may quote records.
+LOG_FILE = "SFUMATO_LOG"
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def keep_log() -> None:
+    """Append what the ``sfumato`` logger says to the file that the environment variable ``SFUMATO_LOG`` names."""
+    name = os.environ.get(LOG_FILE)
+    logger = logging.getLogger("sfumato")
+    if not name or any(isinstance(handler, logging.FileHandler) for handler in logger.handlers):
+        return
+    handler = logging.FileHandler(name, delay=True)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logger.addHandler(handler)

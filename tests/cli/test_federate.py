@@ -154,6 +154,19 @@ def test_shared_ledgers_add_up_over_runs_and_end_them(sfumato: Run, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("plain_report")
+def test_ledgers_that_do_not_add_up_are_not_shared(sfumato: Run, tmp_path: Path) -> None:
+    shared = ["--ledger-dir", tmp_path / "books", "--epsilon", 2, "--noise-multiplier", 30, "--json"]
+    assert sfumato(*QUICK, "--unit", "sample", *shared, "--out", "a").code == 0
+    for unit in ("client", "local", "distributed"):
+        ran = sfumato(*QUICK, "--unit", unit, *shared, "--out", "b")
+        assert (ran.code, "whose ledgers do not add up" in ran.err) == (2, True)
+        assert not (tmp_path / "b").exists()
+    shared[1] = tmp_path / "server"
+    assert sfumato(*QUICK, "--unit", "client", *shared, "--out", "c").code == 0
+    assert sfumato(*QUICK, "--unit", "distributed", *shared, "--out", "d").code == 0
+
+
+@pytest.mark.usefixtures("plain_report")
 @pytest.mark.parametrize("unit", ["sample", "local"])
 def test_clients_that_have_spent_everything_train_no_more(sfumato: Run, tmp_path: Path, unit: str) -> None:
     options = ["--unit", unit, "--ledger-dir", "books", "--epsilon", 2, "--json"]
@@ -243,10 +256,11 @@ def test_a_table_with_a_client_column(sfumato: Run, tmp_path: Path) -> None:
     (tmp_path / "bounds.yaml").write_text("age: [0, 100]\n")
     ran = sfumato(
         "federate", "--data", "clinics.csv", "--label", "sick", "--client-column", "clinic", "--bounds", "bounds.yaml",
-        "--epsilon", 4, "--rounds", 2, "--json",
+        "--epsilon", 4, "--rounds", 5, "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
-    assert ran.json["clients"] < 15  # some are public
+    assert ran.json["clients"] == 15
+    assert ran.json["public_records"] == 0  # of somebody's own data nothing is public unless they say so
     assert ran.json["accuracy"] > 0.7
     assert (tmp_path / "run" / "ledgers").is_dir()
 

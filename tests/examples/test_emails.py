@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, BertModel, BertTokenizer
 
 import emails
 import mails
-
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] : . , 1 2 win money now spam list meeting at noon see you there".split()
 
 PLAIN = b"From: a@example.org\nSubject: Meeting\nContent-Type: text/plain; charset=utf-8\n\nSee you\n there at noon.\n"
 COPY = PLAIN.replace(b"noon.", b"1 noon, 2.").replace(b"a@", b"b@")  # the same letters
@@ -49,18 +46,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def encoder(tmp_path: Path) -> Path:
-    """A folder with a tiny random BERT and its tokenizer, as a pretrained one would lie there."""
-    place = tmp_path / "encoder"
-    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **size)).save_pretrained(place)
-    vocabulary = place / "vocab.txt"
-    vocabulary.write_text("\n".join(WORDS))
-    BertTokenizer(str(vocabulary)).save_pretrained(place)
-    return place
-
-
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
@@ -73,6 +58,20 @@ def encoder(tmp_path: Path) -> Path:
 )
 def test_a_mail_is_its_subject_and_what_a_reader_sees(raw: bytes, text: str) -> None:
     assert mails.parse(raw, mails.SPAM).text == text
+
+
+@pytest.mark.parametrize(
+    ("headers", "sender"),
+    [
+        (b"From: A B <a@mail.example.org>\n", "example.org"),
+        (b"From: a@news.example.co.uk\n", "example.co.uk"),
+        (b"From: a@example.org\nList-Id: Some talk <talk.Lists.example.net>\n", "list talk.lists.example.net"),
+        (b"From: nobody\n", "unknown"),
+        (b"From: =?x?q?=ff\n", "unknown"),
+    ],
+)
+def test_the_sender_is_the_list_or_else_the_registered_domain(headers: bytes, sender: str) -> None:
+    assert mails.parse(headers + b"\ntext\n", mails.HAM).sender == sender
 
 
 def test_each_mail_is_read_once_whatever_its_file_is_called(folder: Path) -> None:

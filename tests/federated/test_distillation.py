@@ -532,3 +532,18 @@ def test_peers_with_other_public_inputs_do_not_count() -> None:
     other = distillation(rounds=1, public=PUBLIC + 1)
     d._exchange.transport = other.transport
     assert d.fit().rounds[0].rejected == {"other base": 6}
+
+
+def test_a_peers_own_limit_holds_where_the_federation_has_none() -> None:
+    given = peers(3) | {"careful": Peer(model(), TensorDataset(*blobs(30, 7)), epsilon=0.5)}
+    result = distillation(peers=given, privacy=ClientLevel(noise_multiplier=4.0), rounds=8).fit()
+    assert result.client_epsilons["careful"] <= 0.5 < result.client_epsilons["p0"]
+
+
+@pytest.mark.parametrize("unit", [LocalLevel(epsilon=4.0), SampleLevel(epsilon=3.0)])
+def test_answers_that_come_too_late_are_in_the_epsilon(unit: Any) -> None:
+    result = distillation(privacy=unit, rounds=1, deadline=1e-9, peers=peers(2)).fit()
+    assert [r.accepted for r in result.rounds] == [0]
+    for name, ledger in result.client_ledgers.items():
+        assert 0 < ledger.epsilon(delta=unit.delta) == pytest.approx(result.client_epsilons[name])
+    assert result.rounds[0].epsilon == result.epsilon > 0

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from sfumato.accounting import Event, Ledger
 from sfumato.errors import ConfigurationError, SfumatoError
 from sfumato.federated import (
+    Adaptive,
     Client,
     ClientLevel,
     Distributed,
@@ -190,6 +191,29 @@ def test_noise_of_local_reports(fed: Any) -> None:
         )
         assert abs(float(one.square().mean().sqrt()) / 1.5 - 1) < 6.2 / math.sqrt(2e6)
         assert abs(float((one * other).mean())) / 2.25 < 6.2e-3
+
+
+@pytest.mark.parametrize("kind", ["measure", "count"])
+def test_noise_of_counts_of_records(fed: Any, kind: str) -> None:
+    """z·√2 on (right, records), to which a record adds up to √2; z on records by class. 30 % less would be found."""
+    worker = worker_of(
+        fed,
+        SampleLevel(noise_multiplier=2.0),
+        validation=Validation(noise_multiplier=3.0),
+        allocation=Adaptive(clients=True, count_noise=3.0),
+        classes=2,
+    )
+    client = Client("a", fed.records(), validation=fed.records(30, seed=4))
+    found = []
+    for k in range(1, 301):
+        reply = worker.answer(task_for(worker, k, kind, classes=2), client)
+        found.append(reply.arrays["values"])
+    drawn = np.array(found, dtype=float)
+    std = 3.0 * (math.sqrt(2) if kind == "measure" else 1.0)
+    assert abs((drawn - drawn.mean(0)).std() / std - 1) < 6.2 / math.sqrt(2 * drawn.size)
+    events = {Event.from_json(e["event"]): e["count"] for e in client.ledger.entries()}
+    assert set(events) == {Event("gaussian", 3.0, 1.0, "add-remove", "record")}
+    assert len(client.ledger.entries()) == 300
 
 
 def test_a_measure_of_a_client_is_one_vote(fed: Any) -> None:
@@ -408,6 +432,8 @@ def test_secure_sums_with_dropouts(fed: Any, lost: int) -> None:
     result = trainer.fit()
     if lost <= 2:
         assert all(r.noise_std is not None and r.accepted == 4 - lost for r in result.rounds)
+        least = 2.0 * unit.max_update_norm * math.sqrt((4 - lost) / 2)  # two shares make the noise promised
+        assert all(r.noise_std == pytest.approx(least, rel=1e-3) for r in result.rounds)
         assert result.epsilon > 0
         return
     assert all(r.rejected.get("void") == 1 and r.noise_std is None for r in result.rounds)

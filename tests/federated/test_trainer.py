@@ -693,3 +693,15 @@ def test_everything_is_written_before_it_is_released(fed: Any, unit: Unit) -> No
         assert {e.unit for e in events} == {"record" if isinstance(unit, SampleLevel) else "client"}
         adjacency = {"SampleLevel": "add-remove", "ClientLevel": "add-remove", "LocalLevel": "replace-one"}
         assert {e.adjacency for e in events} == {adjacency[type(unit).__name__]} == {result.adjacency}
+
+
+def test_a_spent_client_does_not_answer_with_nothing(fed: Any) -> None:
+    """An update of zeros would count, and pull the mean of the others towards where it was."""
+    ledger = Ledger()
+    clients = dict(fed.federation())
+    spent = Client("c0", clients.pop("c0"), ledger=ledger)
+    ledger.append(Event("gaussian", 0.5, 1.0, "add-remove", "record"), run="before", step=0)
+    result = trainer_of(fed, SampleLevel(epsilon=2.0), clients={"c0": spent, **clients}, rounds=2).fit()
+    assert result.rounds[0].rejected == {"budget": 1}
+    assert result.rounds[0].accepted == len(clients)
+    assert result.rounds[1].cohort == len(clients)

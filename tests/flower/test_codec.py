@@ -237,3 +237,12 @@ def test_hostile_records_give_a_reply_or_a_data_error(said: dict[str, Any], arra
         return
     assert all(a.dtype.kind in "biuf" for a in reply.arrays.values())
     assert sum(a.nbytes for a in reply.arrays.values()) <= 64
+
+
+@pytest.mark.parametrize("shape", [(1,) * 65, (1,) * 9, (0, 2**62, 2**62), (0, 2**63 - 1), (2**62, 4)])
+def test_shapes_that_numpy_cannot_make_are_refused_and_do_not_crash(shape: tuple[int, ...]) -> None:
+    records = reply_records(REPLY)
+    size = 1 if 0 not in shape else 0
+    records["arrays"]["vector"] = Array(dtype="uint8", shape=shape, stype=RAW, data=bytes(size))
+    with pytest.raises(DataError):
+        read_reply(records)

@@ -75,6 +75,7 @@ def test_the_default_is_tls_and_authenticated_nodes(tmp_path: Path) -> None:
     plain = Link("::1", 8000, insecure=True)
     assert "--insecure" in superlink_command(plain, None)
     assert "[::1]:8000" in supernode_command(plain, "a", key=None, port=9)
+    assert gate_command(plain, plain, None)[-1] == "--insecure"
 
 
 @pytest.mark.parametrize("name", ["", "a b", 'a"', "a'", "a=1", "a\n"])
@@ -208,3 +209,11 @@ def test_stopping_a_process_stops_what_it_started(tmp_path: Path) -> None:
 
 def test_free_ports_are_free() -> None:
     assert free_port("127.0.0.1") != free_port("127.0.0.1")
+
+
+def test_what_a_process_says_is_for_its_owner_alone(tmp_path: Path) -> None:
+    process = Process([sys.executable, "-c", "print('record 17')"], tmp_path / "node.log", dict(os.environ))
+    process._held.wait(30)
+    process.stop()
+    assert "record 17" in process.said()
+    assert process.log.stat().st_mode & 0o777 == 0o600

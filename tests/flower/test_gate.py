@@ -14,7 +14,7 @@ import httpx
 from flwr.superlink.routers.control.router import router as control
 from flwr.superlink.routers.fleet.router import router as fleet
 
-from sfumato.integrations.flower.gate import OPEN, Gate
+from sfumato.integrations.flower.gate import OPEN, Gate, main
 
 
 class Inner:
@@ -149,3 +149,31 @@ def test_what_is_open_is_what_nodes_need() -> None:
     paths = {(route.path, *sorted(route.methods)) for route in fleet.routes}
     assert {(path, "POST") for path in OPEN} == paths
     assert not OPEN & {route.path for route in control.routes}
+
+
+def test_a_request_of_two_lengths_is_refused() -> None:
+    inner = Inner()
+    headers = [(b"content-length", b"0"), (b"Transfer-Encoding", b"chunked")]
+    scope = {"type": "http", "method": "POST", "raw_path": b"/v1/fleet/pull-messages", "headers": headers}
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"POST /v1/control/start-run HTTP/1.1\r\n\r\n"}
+
+    async def go() -> None:
+        async with httpx.AsyncClient(base_url="https://x", transport=httpx.MockTransport(inner)) as upstream:
+            await Gate(upstream)(scope, receive, send)
+
+    asyncio.run(go())
+    assert sent[0]["status"] == 400
+    assert inner.seen == []
+
+
+@pytest.mark.parametrize("given", [[], ["--certificate", "c"], ["--key", "k"], ["--insecure", "--certificate", "c"]])
+def test_the_gate_has_tls_unless_plain_is_asked_for_by_name(given: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["--host", "0.0.0.0", "--port", "1", "--inner", "http://127.0.0.1:1", *given])
+    assert "--insecure" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from sfumato.federated.participant import Client
 from sfumato.federated.units import ClientLevel, Distributed, SampleLevel
 from sfumato.integrations.flower import GridTransport, client_app
 from sfumato.integrations.flower.exchange import exchange
+from sfumato.integrations.flower.logs import keep_log
 
 TASK = Task("run", 2, "nonce", "train", "base", "schema", np.arange(6, dtype=np.float32), None, {"noise_factor": 1.0})
 
@@ -221,6 +223,13 @@ def test_a_ledger_in_memory_is_refused_where_the_client_accounts(tmp_path: Path)
     assert (reply.error, worker.calls) == (None, ["a"])
 
 
+def test_a_clients_own_limit_is_refused_where_nobody_would_keep_it() -> None:
+    worker = Doubling(ClientLevel(noise_multiplier=1.0))
+    app = client_app(lambda context: (worker, Client("a", [0], epsilon=1.0)))
+    (reply,) = ask(InProcessGrid(app, ["a"]), ["a"])
+    assert (reply.error, worker.calls) == ("ConfigurationError", [])
+
+
 def test_simulated_masks_are_refused_where_they_would_be_taken_for_real_ones() -> None:
     worker = Doubling(Distributed(noise_multiplier=1.0))
     (reply,) = ask(grid_of("a", worker=worker), ["a"])
@@ -314,3 +323,68 @@ def test_errors_of_the_connection_reach_the_driver() -> None:
                 seconds=5,
             )
         )
+
+
+@pytest.mark.parametrize("forged", ["elsewhere", "message 2"])
+def test_a_node_cannot_say_whose_answer_it_brings(forged: str) -> None:
+    """What a message says that it replies to was written by its sender: the server waited for ever, or believed it."""
+    grid = grid_of("a", "b")
+    pull = grid.pull_messages
+
+    def lying(message_ids: Any) -> list[Message]:
+        found = pull(message_ids)
+        for reply in found:
+            if reply.content["reply"]["client"] == "a":
+                reply.metadata.__dict__["_reply_to_message_id"] = forged
+        return found
+
+    grid.pull_messages = lying  # type: ignore[method-assign]
+    with within(0.0, 5.0):
+        found = ask(grid, ["a", "b"], deadline=None)
+    assert sorted(r.client for r in found) == ["a", "b"]
+    assert all(r.error is None for r in found)
+
+
+@pytest.mark.parametrize("error", [ValueError("utf-8"), KeyError("Message"), AttributeError("values")])
+def test_bytes_that_are_no_message_end_nobody_elses_part(error: Exception) -> None:
+    grid = grid_of("a", "b")
+    pull = grid.pull_messages
+
+    def broken(message_ids: Any) -> list[Message]:
+        found = pull(message_ids)
+        if any(reply.content["reply"]["client"] == "a" for reply in found):
+            raise error  # as Flower does, on reading the objects of a message
+        return found
+
+    grid.pull_messages = broken  # type: ignore[method-assign]
+    found = {r.client: r.error for r in ask(grid, ["a", "b"], deadline=None)}
+    assert found == {"a": f"unreadable: {type(error).__name__}", "b": None}
+
+
+def test_a_run_that_was_stopped_does_not_wait() -> None:
+    class Stopped(BaseException):
+        """As Flower's RunNotRunningException."""
+
+    def pull(message_ids: Any) -> Any:
+        raise Stopped
+
+    grid = grid_of("a")
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    with within(0.0, 5.0), pytest.raises(Stopped):
+        ask(grid, ["a"], deadline=None)
+
+
+def test_the_log_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed on a node may quote records."""
+    logger = logging.getLogger("sfumato")
+    before = list(logger.handlers)
+    monkeypatch.setenv("SFUMATO_LOG", str(tmp_path / "said.log"))
+    keep_log()
+    try:
+        logger.warning("record 17")
+        assert "record 17" in (tmp_path / "said.log").read_text()
+        assert (tmp_path / "said.log").stat().st_mode & 0o777 == 0o600
+    finally:
+        for handler in set(logger.handlers) - set(before):
+            logger.removeHandler(handler)
+            handler.close()

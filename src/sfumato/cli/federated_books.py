@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from ..errors import ConfigurationError, LedgerError, PrivacyError
 from ..federated import Client, Result
 from ..federated.accounts import DATASET
 from ..federated.cohorts import number_of
+from ..report import Level, covering
 from .run_folder import LEDGER_NAME, LEDGERS_NAME, SIDE_FILES
 
 DIVISION_NAME = "division.sha256"
@@ -25,9 +26,11 @@ LONGEST = 80
 
 @dataclass(frozen=True)
 class Proof:
-    """What the client that spent most was charged (``worst``), and the noise multipliers of all (least, largest)."""
+    """What the client that spent most was charged (``worst``), histories of which every client's spends at most one
+    (``everyone``), and the noise multipliers of all (least, largest)."""
 
     worst: Mapping[Event, int]
+    everyone: Sequence[Mapping[Event, int]]
     noise: tuple[float, float]
     path: str
     files: int
@@ -38,16 +41,18 @@ class Proof:
 class Books:
     """Opens ledgers where they belong; those that hold nothing are not left behind.
 
-    ``own``: every client keeps a ledger (the server keeps none); ``shared``: a folder that outlives the run.
+    ``own``: every client keeps a ledger (the server keeps none), as ``level`` has it; ``shared``: a folder that
+    outlives the run.
     """
 
-    def __init__(self, data: FederatedData, *, own: bool, shared: Path | None):
+    def __init__(self, data: FederatedData, *, level: Level, shared: Path | None):
+        own = level in ("sample", "local")
         self.own, self.shared = own, shared
         self._clients, self._server = dict[str, Client](), list[Ledger]()
         self._folder = Path() if shared is None else shared.absolute()
         self._before: dict[Path, int] = {}
         self._spent = False
-        self._division = _division(data)
+        self._division = _division(data, level if own else "server")
         if shared is not None:
             _refuse_others(self._folder, self._division)
 
@@ -83,12 +88,20 @@ class Books:
         noise = [event.noise_multiplier for ledger in ledgers for event in ledger.events()]
         return Proof(
             worst=max(spent, key=lambda events: float(compose(events, delta=result.delta))),
+            everyone=covering([events for events in self._histories(result) if events] or list(spent)),
             noise=(min(noise, default=math.inf), max(noise, default=math.inf)),
             path=str(self._folder) if self.shared else LEDGERS_NAME if self.own else LEDGER_NAME,
             files=len(ledgers),
             entries=sum(counts),
             head=str(held.head),
         )
+
+    def _histories(self, result: Result) -> list[Mapping[Event, int]]:
+        """What every client was charged."""
+        if self.own:
+            return [events for ledger in result.client_ledgers.values() for events in ledger.spent()]
+        numbers = [number_of(name) for name in result.client_epsilons]
+        return [events for n in numbers for events in self._server[0].spent(dataset=DATASET, records=[n])]
 
     @property
     def charged(self) -> bool:
@@ -137,9 +150,11 @@ def _entries(path: Path) -> int:
         return len(ledger.entries())
 
 
-def _division(data: FederatedData) -> str:
-    """Ledgers add up only if a client's name means the same records in every run: a hash of who holds how many."""
-    text = repr((data.data.name, data.partition, [(name, len(own)) for name, own in data.clients.items()]))
+def _division(data: FederatedData, books: str) -> str:
+    """Ledgers add up only if a client's name means the same records in every run, and all runs charge the same books:
+    a hash of who holds how many, and of whose ledgers protect what."""
+    sizes = [(name, len(own_records)) for name, own_records in data.clients.items()]
+    text = repr((data.data.name, data.data.classes, data.partition, sizes, books))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -147,6 +162,7 @@ def _refuse_others(folder: Path, division: str) -> None:
     mark = folder / DIVISION_NAME
     if mark.exists() and mark.read_text(encoding="utf-8").strip() != division:
         raise ConfigurationError(
-            f"--ledger-dir {folder} belongs to other clients: another data set, or divided otherwise.",
-            fix="give the same data and the same --clients, --alpha and --public-fraction, or another folder.",
+            f"--ledger-dir {folder} belongs to other clients or other books: another data set, divided otherwise, or "
+            "a --unit whose ledgers do not add up with these (sample; local; client and distributed).",
+            fix="give the same data, --clients, --alpha, --public-fraction and --unit, or another folder.",
         )

@@ -92,7 +92,7 @@ def run_job(options: Namespace, checked: Checked, argv: Sequence[str]) -> Printe
         warn("federate", "the noise can be repeated from --seed: for research, not for private data")
     unit = unit_of(settings, data.clients)
     model = built(settings.recipe.model, settings.seed, data.data, CPU)
-    books = Books(data, own=settings.level in ("sample", "local"), shared=settings.ledgers)
+    books = Books(data, level=settings.level, shared=settings.ledgers)
     folder: RunFolder | None = None
     try:
         folder = RunFolder(out)

@@ -23,6 +23,8 @@ from ..report import (
     attack_sentence,
     client_range,
     costs,
+    envelope,
+    largest_meaning,
     meaning,
     meaning_json,
     plain_sentence,
@@ -55,7 +57,9 @@ def facts_of(
             unit=result.unit,
             adjacency=next((event.adjacency for event in proof.worst), result.adjacency),
         ),
-        meaning=meaning(proof.worst, delta=result.delta),
+        meaning=largest_meaning(
+            [meaning(events, delta=result.delta) for events in proof.everyone], result.epsilon
+        ),
         federation=Federation(
             level=settings.level,
             clients=len(data.clients),
@@ -98,8 +102,8 @@ def facts_of(
         baseline=done.baseline,
         client_epsilons=tuple(sorted(result.client_epsilons.items())),
         rounds=tuple(done.metrics.rows),
-        epsilon_at=profile(proof.worst) if private else (),
-        trade_off=trade_off(proof.worst) if private else (),
+        epsilon_at=envelope([profile(events) for events in proof.everyone]) if private else (),
+        trade_off=envelope([trade_off(events) for events in proof.everyone]) if private else (),
         versions=versions(),
         command=shlex.join(["sfumato", *argv]),
         finished=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -42,6 +42,12 @@ def unit_of(
     if settings.level == "sample":
         return SampleLevel(epsilon, delta, max_grad_norm=norm, noise_multiplier=noise)
     if settings.level == "client":
+        if isinstance(epsilon, Mapping) and settings.cohort.name != "poisson":
+            raise ConfigurationError(
+                f"--budgets with --cohort {settings.cohort.text}: clients with a smaller budget are drawn less often, "
+                "which is for --cohort poisson:RATE",
+                found=settings.cohort.text,
+            )
         return ClientLevel(epsilon, delta, max_update_norm=norm, noise_multiplier=noise)
     if settings.level == "local":
         return LocalLevel(epsilon, delta, max_update_norm=norm, noise_multiplier=noise)

@@ -84,8 +84,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="how unlike simulated clients are: concentration of their class mixtures (default 0.5; large: alike)")
     add("--client-column", type=str, metavar="COLUMN",
         help="column that says which client a record belongs to (tables; chem97: school, the default, or lea)")
-    add("--public-fraction", type=float, default=0.1,
-        help="part of the training records to set apart as public: it makes the starting model and is NOT protected")
+    add("--public-fraction", type=float, default=None,
+        help="part of the training records to set apart as public: it makes the starting model and is NOT protected "
+        "(default: 0.1 of digits and chem97, none of your own data)")
     add("--unit", type=str, default="sample", choices=list(get_args(Level)),
         help="sample: protects records, noise in each client (default); client: whole clients, noise by a trusted "
         "server; local: whole clients, noise by each client; distributed: whole clients, noise shares and simulated "

@@ -11,6 +11,7 @@ from .dataset import DataSet
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".pq")
 DEFAULT_TEST_FRACTION = 0.2
 DEFAULT_PUBLIC_FRACTION = 0.1
+DIGITS = "digits"
 DEFAULT_CLIENTS = 20
 DEFAULT_ALPHA = 0.5
 CHEM97 = "chem97"
@@ -65,7 +66,7 @@ def load_federated(
     clients: int | None = None,
     client_column: str | None = None,
     alpha: float | None = None,
-    public_fraction: float = DEFAULT_PUBLIC_FRACTION,
+    public_fraction: float | None = None,
     label: str | None = None,
     bounds: str | None = None,
     test_fraction: float | None = None,
@@ -73,8 +74,11 @@ def load_federated(
 ) -> FederatedData:
     """Like :func:`load`, and divided: by ``client_column`` of a table, or among ``clients`` simulated ones.
 
-    ``chem97`` has clients of its own. ``public_fraction`` of the training records is set apart as public.
+    ``chem97`` has clients of its own. ``public_fraction`` of the training records is set apart as public: by default a
+    tenth where everybody has the data anyway, and none of anybody's own.
     """
+    if public_fraction is None:
+        public_fraction = DEFAULT_PUBLIC_FRACTION if data in (DIGITS, CHEM97) else 0.0
     if not 0 <= public_fraction < 1:
         raise ConfigurationError(f"--public-fraction must lie in [0, 1), got {public_fraction:g}")
     if data == CHEM97 or client_column is not None:

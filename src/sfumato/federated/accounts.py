@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sfumato.accounting import Budget, Event, Ledger, Records, Reservation, compose
+from sfumato.errors import BudgetExceeded
 
 from .cohorts import number_of
 
@@ -70,36 +72,25 @@ class Accounts:
 
         Raises ``BudgetExceeded`` if others who share the ledger have spent what was left.
         """
+        where: dict[str, Any] = {"run": self.run, "step": step, "dataset": DATASET, "note": note}
         taken: list[Reservation] = []
-        for event, clients in charges:
-            tiers: dict[Budget | None, list[str]] = {}
-            for client in clients:
-                tiers.setdefault(self._budgets[client], []).append(client)
-            for budget, tier in tiers.items():
-                records = self._numbers(tuple(tier))
-                if reserve:
-                    taken.append(
-                        self.ledger.reserve(
-                            event,
-                            1,
-                            run=self.run,
-                            step=step,
-                            dataset=DATASET,
-                            records=records,
-                            note=note,
-                            budget=budget,
-                        )
-                    )
-                else:
-                    self.ledger.append(
-                        event, run=self.run, step=step, dataset=DATASET, records=records, note=note, budget=budget
-                    )
-                more: dict[Spent, Spent] = {}
-                for client in tier:
-                    before = self._spent[client]
-                    if before not in more:
-                        more[before] = _more(before, event)
-                    self._spent[client] = more[before]
+        try:
+            for event, clients in charges:
+                tiers: dict[Budget | None, list[str]] = {}
+                for client in clients:
+                    tiers.setdefault(self._budgets[client], []).append(client)
+                for budget, tier in tiers.items():
+                    where |= {"records": self._numbers(tuple(tier)), "budget": budget}
+                    if reserve:
+                        taken.append(self.ledger.reserve(event, 1, **where))
+                    else:
+                        self.ledger.append(event, **where)
+                    more = {before: _more(before, event) for before in {self._spent[c] for c in tier}}
+                    self._spent |= {client: more[self._spent[client]] for client in tier}
+        except BudgetExceeded:  # nobody is asked then
+            for reservation in taken:
+                reservation.close()
+            raise
         return taken
 
     def epsilon(self, client: str, delta: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -168,9 +169,9 @@ def _flat(square: float, bound: float) -> float:
 
     For a small model its dozen tensor operations cost as much as a step of training.
     """
-    limits = np.finfo(np.float64)
-    found = min(1.0, bound * (1 - 32 * float(limits.eps)) / max(math.sqrt(square), float(limits.tiny)))
-    return found if math.isfinite(square) and found > float(limits.tiny) * 2.0**24 else 0.0
+    eps, tiny = sys.float_info.epsilon, sys.float_info.min
+    found = min(1.0, bound * (1 - 32 * eps) / max(math.sqrt(square), tiny))
+    return found if math.isfinite(square) and found > tiny * 2.0**24 else 0.0
 
 
 def _square(vector: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import secrets
 import time
@@ -19,20 +18,19 @@ from sfumato.accounting import Ledger
 from sfumato.clipping import Flat
 from sfumato.errors import ConfigurationError
 
-from .accounts import Accounts
-from .calibration import calibrated
 from .cohorts import Cohort, PoissonCohort, Terms, checked, event_of, participations
 from .contributions import Bound, weights_of
-from .enrolment import participants, server_ledger, with_own_limits
-from .exchange import Exchange, Exhausted, Question
+from .enrolment import exchange_for, participants, server_ledger, with_own_limits
+from .exchange import Exhausted, Question
 from .history import Result, Round
 from .local import LocalTraining, Loss
 from .participant import Client
 from .peers import Peer, Peers, PeerWorker, Protected, client_of, protected, unamplified
 from .predictions import Distill, hash_of, inputs, learn, predictions_schema, probabilities, rows_of, unscaled
 from .seeds import derive
+from .settings import Settings
 from .transport import Transport
-from .units import ClientLevel, LocalLevel, SampleLevel, budgets, privacy_unit
+from .units import ClientLevel, LocalLevel, SampleLevel, privacy_unit
 
 
 class FederatedDistillation:
@@ -108,10 +106,26 @@ class FederatedDistillation:
         if len(set(enrolled)) != len(enrolled) or not enrolled:
             raise ConfigurationError(f"{len(enrolled)} peers are enrolled, under other than distinct names.")
         self.ledger = server_ledger(self.unit, ledger)
-        self._exchange = self._exchange_for(enrolled, weights_of(None if weights is None else dict(weights), enrolled))
-        self._exchange.deadline = None if deadline is None else _validate.positive("deadline", deadline)
-        if self.ledger is None:
-            self._exchange.epsilons |= {name: client.spent(self.unit.delta) for name, client in self._clients.items()}
+        self._exchange, self.noise_multiplier = exchange_for(
+            Settings(
+                unit=self.unit,
+                local=self.local,
+                rounds=self.rounds,
+                cohort=self.cohort,
+                loss=loss,
+                noise=noise,
+                seed=self.seed,
+                weighted=weights is not None,
+            ),
+            transport,
+            self._clients,
+            self.ledger,
+            weights=weights_of(None if weights is None else dict(weights), enrolled),
+            size=queries * self.classes,
+            run=secrets.token_hex(16),
+            frozen=hash_of(self.public),
+            deadline=None if deadline is None else _validate.positive("deadline", deadline),
+        )
         self._asked, self._released = list[Tensor](), list[Tensor]()
         self._optimizer = torch.optim.Adam(self._student.parameters(), lr=self.distill.lr)
 
@@ -136,31 +150,6 @@ class FederatedDistillation:
         """A copy of a peer's model, for this peer: only under SampleLevel may others see it."""
         assert isinstance(self.transport, Peers)
         return self.transport.model(name)
-
-    def _exchange_for(self, enrolled: tuple[str, ...], weights: dict[str, float]) -> Exchange:
-        run, accounts = secrets.token_hex(16), None
-        terms, scales = dict.fromkeys(enrolled, Terms(1.0)), dict.fromkeys(enrolled, 1.0)
-        self.noise_multiplier = self.unit.noise_multiplier or math.nan
-        if isinstance(self.unit, ClientLevel):
-            assert self.ledger is not None
-            accounts = Accounts(self.ledger, budgets(self.unit, enrolled), run)
-            lasting = participations(self.cohort, self.rounds, len(enrolled), amplified=True)
-            found = calibrated(self.unit, self.cohort, enrolled, factors=(1.0,) * lasting, beside={}, adaptive=False)
-            self.noise_multiplier, terms, scales = found.noise_multiplier, dict(found.terms), dict(found.scales)
-        return Exchange(
-            self.transport,
-            unit=self.unit,
-            cohort=self.cohort,
-            weights=weights,
-            accounts=accounts,
-            terms=terms,
-            scales=scales,
-            noise=self.noise,
-            seed=self.seed,
-            deadline=None,
-            run=run,
-            frozen=hash_of(self.public),
-        )
 
     # -- rounds ---------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,10 @@ def participants(
     clients: Mapping[str, Dataset[Any] | Stream | Client], folder: str | os.PathLike[str] | None
 ) -> dict[str, Client]:
     """{id: Client}; ``folder`` gets one ledger for each id, the same one whoever else is enrolled."""
+    if not isinstance(clients, Mapping):
+        raise ConfigurationError(
+            f"clients is a {type(clients).__name__}.", where="clients", fix="a dict {id: data set, Stream or Client}."
+        )
     if not clients:
         raise ConfigurationError("no client is enrolled.", found=clients, where="clients")
     found: dict[str, Client] = {}
@@ -94,7 +98,9 @@ def exchange_for(
     z = math.nan if unit.noise_multiplier is None else unit.noise_multiplier
     if isinstance(unit, Distributed):
         lasting = settings.lasting(len(enrolled), amplified=False)
-        z = masked.lasting_noise(unit, size, settings.declared(len(enrolled)), lasting, settings.validation)
+        z = masked.lasting_noise(
+            unit, size, settings.declared(len(enrolled)), lasting, settings.validation, adaptive=settings.adaptive
+        )
     elif isinstance(unit, ClientLevel):
         measures = 0 if settings.validation is None else settings.validation.times(settings.rounds)
         found = calibrated(
@@ -107,7 +113,7 @@ def exchange_for(
         )
         z, terms, scales = found.noise_multiplier, dict(found.terms), dict(found.scales)
         settings.check_count_noise(z, len(enrolled))
-    exchange = Exchange(
+    return Exchange(
         transport,
         unit=unit,
         cohort=settings.cohort,
@@ -120,7 +126,5 @@ def exchange_for(
         deadline=deadline,
         run=run,
         frozen=frozen,
-    )
-    if ledger is None:  # what clients spent before counts, also of those who are never asked
-        exchange.epsilons |= {name: client.spent(unit.delta) for name, client in clients.items()}
-    return exchange, z
+        here=clients,
+    ), z

@@ -28,6 +28,7 @@ from .compression import Codec
 from .contributions import Bound, Rejected, Sum, check_envelope, well_formed
 from .encoding import Residues
 from .messages import Kind, Reply, Scalar, Task
+from .participant import Client
 from .schema import Schema, digest
 from .secure_sum import Void
 from .seeds import derive, stream
@@ -102,8 +103,9 @@ class Exchange:
         deadline: float | None,
         run: str,
         frozen: str = "",
+        here: Mapping[str, Client] | None = None,
     ):
-        self.frozen = frozen
+        self.frozen, self._here = frozen, dict(here or {})
         self.transport, self.unit, self.cohort, self.run = transport, unit, cohort, run
         self.accounts, self.noise, self.seed, self.deadline = accounts, noise, seed, deadline
         self._weights, self._terms, self._scales = weights, terms, scales
@@ -111,6 +113,7 @@ class Exchange:
         self.history = History()
         self.done: set[str] = set()
         self.epsilons: dict[str, float] = dict.fromkeys(transport.clients(), 0.0)
+        self.epsilons = self.all_epsilons()  # what clients spent before counts, also of those who are never asked
 
     # -- who ------------------------------------------------------------------------------------------------------
 
@@ -318,9 +321,15 @@ class Exchange:
             return self.accounts.epsilon(client, self.unit.delta)
         return self.epsilons[client]
 
-    def all_epsilons(self) -> dict[str, float]:
-        """{client: what it has spent so far}, for everyone who is enrolled."""
-        return {client: self.epsilon(client) for client in self.transport.clients()}
+    def all_epsilons(self, *, heard: bool = False) -> dict[str, float]:
+        """{client: what it has spent so far}, for everyone who is enrolled.
+
+        ``heard``: all who were asked have said so. A client that is late has charged its ledger all the same.
+        """
+        found = {client: self.epsilon(client) for client in self.transport.clients()}
+        if self.accounts is None and not heard:
+            found |= {name: max(found[name], client.spent(self.unit.delta)) for name, client in self._here.items()}
+        return found
 
 
 __all__ = ["Answer", "Exchange", "Exhausted", "Question"]

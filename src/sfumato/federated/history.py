@@ -19,7 +19,8 @@ class Round:
 
     Public: ``number``, ``epsilon``, ``client_epsilons``, ``max_update_norm``, ``noise_std``, ``measure``,
     ``bytes_down`` per client. The others count who was drawn and who answered, and are for whoever runs the server:
-    where the draw is a secret that amplifies (ClientLevel), the guarantee does not cover their publication.
+    where the draw is a secret that amplifies (ClientLevel), the guarantee does not cover their publication. Under
+    Distributed ``noise_std`` tells how many answered, too.
 
     ``cohort``: clients asked; ``rejected``: {reason: replies}. ``epsilon``: the largest over clients by now, and
     ``client_epsilons`` that of each; both upper bounds. ``max_update_norm``, ``noise_std``: C and the noise on the sum,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sfumato import _validate
 from sfumato.accounting import Budget, Event
 from sfumato.engine import PrivacyEngine
-from sfumato.errors import ConfigurationError
+from sfumato.errors import BudgetExceeded, ConfigurationError
 from sfumato.noise import Research, Secure
 from sfumato.sampling import Poisson
 
@@ -103,7 +103,10 @@ def private(
     origin: Secure | Research,
     check: bool,
 ) -> bool:
-    """Train ``live`` with DP-SGD, charged to the client's ledger; whether its budget ended it."""
+    """Train ``live`` with DP-SGD, charged to the client's ledger; whether its budget ended it.
+
+    Raises ``BudgetExceeded`` if that was before the first step.
+    """
     data: Any = client.records(round)
     size = len(cast(Sized, data))
     if (held := tensors(data)) is not None:  # a data set that only looks like one is collated in a way of its own
@@ -137,6 +140,10 @@ def private(
                 optimizer.zero_grad()
                 loss(live.model(x), y).backward()
                 optimizer.step()
+        if engine.stopped and not engine.steps:
+            raise BudgetExceeded(
+                f"client {client.id!r} has nothing left for this round.", found=budget, where="epsilon"
+            )
         return engine.stopped
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -45,11 +47,17 @@ def plan_of(unit: Distributed, size: int, clients: int, bound: float, noise_mult
 
 @lru_cache(maxsize=64)
 def noise_for(
-    unit: Distributed, size: int, clients: int, factors: tuple[float, ...], beside: tuple[tuple[int, float, int], ...]
+    unit: Distributed,
+    size: int,
+    clients: int,
+    factors: tuple[float, ...],
+    beside: tuple[tuple[int, float, int], ...],
+    adaptive: bool = False,
 ) -> float:
     """Least noise multiplier of updates with ``size`` numbers that lasts for rounds with these ``factors`` of it.
 
-    ``beside``: (size, noise multiplier, times) of other questions, bounded by 1.
+    ``beside``: (size, noise multiplier, times) of other questions, bounded by 1. ``adaptive``: all are charged by the
+    Rényi odometer.
     """
     if unit.noise_multiplier is not None:
         return unit.noise_multiplier
@@ -59,10 +67,10 @@ def noise_for(
     def within(z: float) -> bool:
         spent: dict[Event, int] = {}
         for factor in factors:
-            event = plan_of(unit, size, clients, unit.max_update_norm, z * factor).event()
+            event = replace(plan_of(unit, size, clients, unit.max_update_norm, z * factor).event(), adaptive=adaptive)
             spent[event] = spent.get(event, 0) + 1
         for other, own, times in beside:
-            event = plan_of(unit, other, clients, 1.0, own).event()
+            event = replace(plan_of(unit, other, clients, 1.0, own).event(), adaptive=adaptive)
             spent[event] = spent.get(event, 0) + times
         return float(compose(spent, delta=budget.delta)) <= budget.epsilon
 
@@ -76,12 +84,18 @@ def noise_for(
 
 
 def lasting_noise(
-    unit: Distributed, size: int, clients: int, factors: tuple[float, ...], validation: Validation | None
+    unit: Distributed,
+    size: int,
+    clients: int,
+    factors: tuple[float, ...],
+    validation: Validation | None,
+    *,
+    adaptive: bool = False,
 ) -> float:
     """:func:`noise_for` beside the measures of ``validation``: server and clients agree on it without asking."""
     times = 0 if validation is None else validation.times(len(factors))
     beside = ((MEASURE.size, validation.noise_multiplier, times),) if validation is not None and times else ()
-    return noise_for(unit, size, clients, factors, beside)
+    return noise_for(unit, size, clients, factors, beside, adaptive)
 
 
 def settings(cohort: Sequence[str], rotation: int) -> dict[str, Scalar]:
@@ -134,7 +148,8 @@ def total(
     """(noised sum (size,), standard deviation of the noise in it). Raises ``Void`` if too few clients arrived."""
     plan, masks = _planned(unit, task, size, bound, noise_multiplier)
     found = plan.total(messages, masks)
-    return plan.decode(found, rotation=str(task.settings["rotation"])), plan.noise_std
+    std = plan.noise_std * math.sqrt(len(messages) / plan.clients)
+    return plan.decode(found, rotation=str(task.settings["rotation"])), std
 
 
 def _planned(

@@ -20,8 +20,8 @@ class Task:
     """One question to one cohort.
 
     Args:
-        run, round, nonce: name this question; a reply repeats them, so late and replayed replies are recognised. A
-            round number and a nonce are used once, also after a restart of the server.
+        run, round, nonce: name this question; a reply repeats them, so late and replayed replies are recognised. The
+            three together are used once, also after a restart of the server.
         kind: ``train`` (answer: an update of the trained parameters), ``score`` (how much each parameter tensor
             matters), ``measure`` (correct answers on the client's validation records, and how many there are),
             ``count`` (records by class) or ``predict`` (class scores for public inputs).

@@ -23,6 +23,8 @@ Batch = tuple[Any, Any]
 class Stream:
     """Data that change from round to round: ``draw(round)`` gives the records of that round.
 
+    ``round`` counts what the server asks, from 1: measures and a round that was lost in a crash have numbers of their
+    own, so that it skips some; in one round it may be asked for twice and has to answer the same.
     ``disjoint`` declares that no record is in two rounds; rounds then compose in parallel within the client.
     """
 

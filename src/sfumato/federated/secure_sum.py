@@ -48,7 +48,8 @@ class SecureSum:
     part, and who does not arrive, is seen by the server and not protected. It holds if at most ``max_dropout`` of the
     clients are missing (else :class:`Void`), at most ``max_colluding`` of them reveal or leave out their noise, and the
     server sees the sum alone: masks must come from a real protocol (:mod:`.masks` simulates one), and each client
-    answers a round once. A client that does not follow the plan can spoil the sum, not the privacy of others.
+    answers a round once. Another client knows its own share of the noise: towards it, ``max_colluding`` has to count it
+    too. A client that does not follow the plan can spoil the sum, not the privacy of others.
 
     Args:
         size: numbers in an update.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,12 +12,12 @@ from sfumato.clipping import Quantile, gradient_multiplier
 from sfumato.errors import ConfigurationError
 
 from . import allocation as allocating
-from .allocation import Adaptive, Allocation
+from .allocation import Adaptive, Allocation, Uniform
 from .cohorts import Cohort, FixedCohort, PoissonCohort, participations
 from .compression import Codec
 from .local import LocalTraining, Loss
-from .selection import TopK, Train
-from .server import ServerOptimizer
+from .selection import All, TopK, Train
+from .server import Average, ServerOptimizer
 from .units import ClientLevel, Distributed, SampleLevel, Unit
 from .validation import Validation
 from .worker import Worker
@@ -34,19 +34,22 @@ class Settings:
     local: LocalTraining
     rounds: int
     cohort: Cohort
-    server: ServerOptimizer
-    train: Train
-    compression: Codec | None
-    allocation: Allocation
-    validation: Validation | None
     loss: Loss
-    public: Dataset[Any] | None
-    classes: int | None
     noise: str
     seed: int
     weighted: bool
+    server: ServerOptimizer = field(default_factory=Average)
+    train: Train = field(default_factory=All)
+    compression: Codec | None = None
+    allocation: Allocation = field(default_factory=Uniform)
+    validation: Validation | None = None
+    public: Dataset[Any] | None = None
+    classes: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value, kind in (("local", self.local, LocalTraining), ("validation", self.validation, Validation)):
+            if not isinstance(value, kind) and not (value is None and name == "validation"):
+                raise ConfigurationError(f"{name}={value!r} is no {kind.__name__}.", found=value, where=name)
         if self.adaptive and self.validation is None:
             raise ConfigurationError(
                 "Adaptive() follows measured progress, and nothing measures it.",

@@ -148,7 +148,7 @@ class FederatedTrainer:
         if transport is None:
             assert held is not None
             worker = self.worker(copy.deepcopy(model), len(held))
-            worker.check_budget(next(iter(held.values())))
+            worker.rehearse(list(held.values()))
             transport = Vectorized(worker, held) if vectorize else InProcess(worker, held, workers=workers)
         self.transport, self._clients = transport, held or {}
         enrolled = tuple(transport.clients())
@@ -279,7 +279,7 @@ class FederatedTrainer:
             state.index = self._chosen(scores)
             state.optimizer.clear()
         state.number = self._exchange.number
-        epsilons = self._exchange.all_epsilons()
+        epsilons = self._exchange.all_epsilons(heard=answer.accepted == answer.asked)
         return Round(
             number=state.rounds,
             cohort=answer.asked,

@@ -127,7 +127,9 @@ class Distributed:
     sums, ranges and drop-outs as a real protocol would, but one process makes them all. The noise is the target's as
     long as at most ``max_dropout`` of the cohort is missing; with more, nothing is unmasked. The guarantee is for a
     client's contribution being replaced by nothing (zero-out); no amplification, for the server sees who reports.
-    Clients keep no ledger: the server is trusted to count, and to ask no more often than its own ledger says.
+    A client that takes part knows its own share: towards it the noise is that of one client less, unless
+    ``max_colluding`` allows for it. Clients keep no ledger: the server is trusted to count, and to ask no more often
+    than its own ledger says.
 
     Args:
         mechanism: "skellam" (Agarwal et al. 2021).

@@ -59,15 +59,33 @@ class Validation:
 
 
 def correct(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Records that the model classifies right, in evaluation mode."""
+    """Records that the model classifies right, in evaluation mode.
+
+    Raises ``ConfigurationError`` unless the model gives scores of classes, (n, K), itself or as ``logits``, and ``y``
+    (n,) their numbers: whatever else is compared, the share would mean nothing.
+    """
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             parts = zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-            return sum(int((model(a).argmax(-1) == b).sum()) for a, b in parts)
+            return sum(int((_scores(model(a), b).argmax(-1) == b).sum()) for a, b in parts)
     finally:
         model.train(training)
+
+
+def _scores(found: object, y: Tensor) -> Tensor:
+    scores = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+    # With more than one answer a record, or (n,) against (n, 1), one record would move the count by more than 1.
+    shaped = isinstance(scores, Tensor) and scores.ndim == 2 and y.shape == (len(scores),)
+    if not isinstance(scores, Tensor) or not shaped or y.is_floating_point():
+        raise ConfigurationError(
+            "progress is measured as the share of records that are classified right, which needs scores (n, K) from "
+            f"the model and class numbers (n,); got {type(found).__name__} and targets {tuple(y.shape)} of {y.dtype}.",
+            where="validation",
+            fix="leave validation out, or measure in on_round.",
+        )
+    return scores
 
 
 def share(released: Tensor) -> float:

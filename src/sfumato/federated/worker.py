@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sized
-from typing import cast
+from collections.abc import Sequence, Sized
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from sfumato import _validate
 from sfumato.accounting import Budget, Event, noise_multiplier
-from sfumato.errors import BudgetExceeded, ConfigurationError, UnsupportedError
+from sfumato.errors import BudgetExceeded, ConfigurationError, SfumatoError, UnsupportedError
 from sfumato.noise import Research, Secure
 
 from . import masked
@@ -31,6 +32,7 @@ from .units import Distributed, LocalLevel, SampleLevel, Unit, budgets
 from .validation import MEASURE, Validation, correct
 
 LOG = logging.getLogger("sfumato")
+REHEARSED = 5  # clients that are tried before the first round
 
 
 class Worker:
@@ -105,10 +107,12 @@ class Worker:
             codec = self.compression if task.kind == "train" else None
             with torch.random.fork_rng(devices=[], enabled=self.seed_model):
                 if self.seed_model:
-                    torch.manual_seed(derive(self.seed, "torch", task.round, client.id))
+                    # Not torch.manual_seed, which also seeds accelerators, at the price of a stack trace for each.
+                    torch.default_generator.manual_seed(derive(self.seed, "torch", task.round, client.id))
                 schema, found = self._vector(task, client) if update is None else self._trained(task, client, update)
             if isinstance(found, Tensor):
-                found = encode(codec, found, self._generator("codec", task, client), task.round, copy=False)
+                generator = None if codec is None else self._generator("codec", task, client)
+                found = encode(codec, found, generator, task.round, copy=False)
         except BudgetExceeded:
             # What measuring may spend is a group apart, and so are the records of the next round of a stream.
             renewed = client.fresh and isinstance(self.unit, SampleLevel)
@@ -119,7 +123,11 @@ class Worker:
         except Exception as error:  # noqa: BLE001
             # A client's failure must not end the round, nor may its message leave the client.
             LOG.warning("client %s failed in round %d: %s", client.id, task.round, error)
-            return Reply(*names, task.schema, error=type(error).__name__)
+            try:  # what was charged before it failed stays charged
+                spent = self._spent(client)
+            except Exception:  # noqa: BLE001
+                spent = None
+            return Reply(*names, task.schema, error=type(error).__name__, epsilon=spent)
         return Reply(*names, schema.digest, found, done=client.done, epsilon=self._spent(client))
 
     def load(self, task: Task) -> None:
@@ -176,14 +184,14 @@ class Worker:
         ``z``: None for the noise multiplier of a round.
         """
         if isinstance(self.unit, Distributed):
-            z = self.noise_of(client) * self._factor(task) if z is None else z
+            z = self.noise_of(client, task.round) * self._factor(task) if z is None else z
             origin = self._origin(task, client)
             return masked.encoded(self.unit, task, client.id, vector, bound, z, origin, most=self.declared)
         if not isinstance(self.unit, LocalLevel):
             return vector
         budget = self._budget(client)
         if z is None:
-            z = self.noise_of(client) * self._factor(task)
+            z = self.noise_of(client, task.round) * self._factor(task)
         event = Event("gaussian", z, 1.0, "replace-one", "client", adaptive=self.adaptive)
         client.ledger.append(event, run=task.run, step=task.round, note=f"noise: {self.noise}", budget=budget)
         schema = Schema((("vector", (len(vector),)),))
@@ -194,7 +202,7 @@ class Worker:
 
     def _train_privately(self, task: Task, client: Client) -> None:
         assert isinstance(self.unit, SampleLevel)
-        sigma = self.noise_of(client) * self._factor(task)
+        sigma = self.noise_of(client, task.round) * self._factor(task)
         stopped = private(
             self.live,
             client,
@@ -230,9 +238,9 @@ class Worker:
         """Records by class, noised: one record changes one count by 1."""
         held = tensors(client.records(task.round))
         classes = _validate.count("classes", task.settings.get("classes"))
-        if held is None or held[1].dtype != torch.int64:
-            raise ConfigurationError("counting needs class numbers (int64) as targets.", where="allocation")
-        counts = torch.bincount(held[1].clamp(0, classes - 1).reshape(-1), minlength=classes).float()
+        if held is None or held[1].dtype != torch.int64 or held[1].ndim != 1:  # more than one would count more than once
+            raise ConfigurationError("counting needs a class number (int64) for each record.", where="allocation")
+        counts = torch.bincount(held[1].clamp(0, classes - 1), minlength=classes).float()
         assert self.count_noise is not None
         self._charge_records(task, client, self.count_noise, client.group(task.round))
         return counts + self._origin(task, client).normal((classes,), std=self.count_noise)
@@ -250,17 +258,25 @@ class Worker:
 
     # -- numbers --------------------------------------------------------------------------------------------------
 
-    def noise_of(self, client: Client) -> float:
-        """The noise multiplier of this client: the given one, or the least that lasts for all rounds."""
+    def noise_of(self, client: Client, round: int = 1) -> float:
+        """The noise multiplier of this client: the given one, or the least that lasts for all rounds.
+
+        ``round``: where data change (:class:`.participant.Stream`), the one whose number of records decides.
+        """
         if self.unit.noise_multiplier is not None:
             return self.unit.noise_multiplier
         if isinstance(self.unit, Distributed):
             return masked.lasting_noise(
-                self.unit, self.live.trained.schema.size, self.declared, self._factors, self.validation
+                self.unit,
+                self.live.trained.schema.size,
+                self.declared,
+                self._factors,
+                self.validation,
+                adaptive=self.adaptive,
             )
         budget = self._budget(client)
         assert budget is not None
-        data = client.records(0) if isinstance(self.unit, SampleLevel) else None
+        data = client.records(round) if isinstance(self.unit, SampleLevel) else None
         size = 0 if data is None else len(cast(Sized, data))
         alone = isinstance(client.data, Stream) and client.data.disjoint
         key = size, alone, budget
@@ -283,7 +299,33 @@ class Worker:
             )
         return self._calibrated[key]
 
-    def check_budget(self, client: Client) -> None:
+    def rehearse(self, clients: Sequence[Client]) -> None:
+        """Refuse a set-up that fails for every client, before anything is charged: nothing of this is kept or sent."""
+        self._check_budget(clients[0])
+        failed: Exception | None = None
+        for client in [c for c in clients if not isinstance(c.data, Stream)][:REHEARSED]:
+            data: Any = client.data
+            try:
+                x, y = default_collate([data[0]])
+                with torch.random.fork_rng(devices=[]):
+                    found = self.loss(self.live.model(x), y)
+                if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+                    raise TypeError(f"the loss is {type(found).__name__}, not one number with a gradient")
+                return
+            except SfumatoError:
+                raise
+            except Exception as error:  # noqa: BLE001 (the model, the loss and the data set are the user's)
+                failed = error
+        if failed is not None:
+            raise ConfigurationError(
+                "loss(model(x), y) fails for the first record of every client that was tried: "
+                f"{type(failed).__name__}: {failed}",
+                found=type(failed).__name__,
+                where="loss",
+                fix="records must be (input, target) pairs that the model and the loss take.",
+            ) from failed
+
+    def _check_budget(self, client: Client) -> None:
         """Refuse a plan whose measures leave nothing for the rounds (LocalLevel)."""
         if isinstance(self.unit, LocalLevel):
             try:

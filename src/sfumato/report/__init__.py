@@ -1,5 +1,6 @@
 """The privacy report: facts of one run -> ``report.json`` and a self-contained ``report.html``."""
 
+from .everyone import covering, envelope, largest_meaning
 from .explain import attack_sentence, percent, plain_text
 from .facts import Data, EpochRow, Guarantee, LedgerFacts, Meaning, Mechanism, RunFacts, StepRow, Training
 from .federated import client_range, federated_html, federated_json, write_federated
@@ -47,8 +48,11 @@ __all__ = [
     "attack_sentence",
     "client_range",
     "costs",
+    "covering",
+    "envelope",
     "federated_html",
     "federated_json",
+    "largest_meaning",
     "meaning",
     "meaning_json",
     "percent",

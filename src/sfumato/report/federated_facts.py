@@ -96,9 +96,10 @@ class Ledgers:
 class FederatedFacts:
     """Everything one report needs.
 
-    ``guarantee``, ``meaning``: of the client that spent most; ``accuracy``: of the result on common test records,
-    ``baseline``: of the model that the rounds began from, which public records alone made; ``client_epsilons``:
-    ((client, ε), …); ``trade_off``, ``epsilon_at``: as in ``RunFacts``, empty where nothing is guaranteed.
+    ``guarantee``: of the client that spent most; ``meaning``, ``trade_off``, ``epsilon_at``: as in ``RunFacts``, the
+    worst of each number over clients, the curves empty where nothing is guaranteed; ``accuracy``: of the result on
+    common test records, ``baseline``: of the model that the rounds began from, which public records alone made;
+    ``client_epsilons``: ((client, ε), …).
     """
 
     guarantee: Guarantee

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from sfumato.errors import ConfigurationError, DataError
 from sfumato.federated.participant import Client
-from sfumato.federated.units import Distributed, LocalLevel, SampleLevel
+from sfumato.federated.units import ClientLevel, Distributed, LocalLevel, SampleLevel
 from sfumato.federated.worker import Worker
 
 from .codec import read_task, refusal, reply_records
@@ -72,6 +72,13 @@ def _deployable(worker: Worker, client: Client) -> tuple[Worker, Client]:
             "a ledger in memory is forgotten after every message, since each starts a new process.",
             where="Client.ledger",
             fix="give the client's ledger as a path on its own machine.",
+        )
+    if isinstance(worker.unit, ClientLevel) and client.epsilon is not None:
+        raise ConfigurationError(
+            "under ClientLevel the server keeps the books: a limit set here would not be kept.",
+            found=client.epsilon,
+            where="Client.epsilon",
+            fix="name it in the server's ClientLevel(epsilon={client: number, ...}).",
         )
     if isinstance(worker.unit, Distributed):
         raise ConfigurationError(

@@ -20,6 +20,8 @@ from sfumato.federated.messages import KINDS, Reply, Scalar, Task
 RAW = "sfumato.raw"
 ENTRIES = 64  # most arrays of a message
 LETTERS = 512  # most letters of a text
+AXES = 8  # most axes of an array
+LONGEST = 2**40  # most numbers of an array, were its empty axes not empty
 _ORDERS = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int8", "int16", "int32", "int64")}
 _ORDERS |= {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "uint16", "uint32", "uint64", "bool")}
 _TASK = {"run": str, "round": int, "nonce": str, "kind": str, "base": str, "schema": str}
@@ -139,6 +141,8 @@ def _received(name: str, sent: Array) -> NDArray[Any]:
     if sent.stype != RAW or sent.dtype not in _ORDERS:
         raise _refused(f"{name[:40]!r} is written as {sent.stype!r} with dtype {sent.dtype!r}", None)
     order = _ORDERS[sent.dtype]
+    if len(shape) > AXES or math.prod(max(size, 1) for size in shape) > LONGEST:  # NumPy counts empty axes as 1
+        raise _refused(f"{name[:40]!r} has too many axes, or too long ones", len(shape))
     if any(size < 0 for size in shape) or math.prod(shape) * order.itemsize != len(sent.data):
         raise _refused(f"{name[:40]!r} of shape {shape} has {len(sent.data)} bytes", shape)
     if sent.dtype == "bool" and sent.data.strip(b"\0\1"):

@@ -88,10 +88,10 @@ def gate_command(outer: Link, inner: Link, files: Certificates | None) -> list[s
     command += [str(outer.port), "--inner", f"{'http' if inner.insecure else 'https'}://{inner.address}"]
     if not inner.insecure:
         command += ["--authority", str(inner.authority)]
-    if not outer.insecure:
-        files = _needed(files)
-        command += ["--certificate", str(files.certificate), "--key", str(files.key)]
-    return command
+    if outer.insecure:
+        return [*command, "--insecure"]
+    files = _needed(files)
+    return [*command, "--certificate", str(files.certificate), "--key", str(files.key)]
 
 
 def supernode_command(

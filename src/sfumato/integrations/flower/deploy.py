@@ -31,11 +31,14 @@ _TAIL = 2000  # letters of a log that an error quotes
 
 
 class Process:
-    """A process of Flower and all that it starts, in a process group of their own; what they say goes to ``log``."""
+    """A process of Flower and all that it starts, in a process group of their own; what they say goes to ``log``.
+
+    A new ``log`` is readable by its owner only: what an app prints on a node may quote records.
+    """
 
     def __init__(self, command: list[str], log: Path, variables: Mapping[str, str]) -> None:
         self.log = log
-        with log.open("ab") as file:
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
             self._held = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

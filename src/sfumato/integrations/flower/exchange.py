@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 
+import httpx
 from flwr.app import DEFAULT_TTL, Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -17,6 +18,8 @@ _SKEW = 60.0  # seconds by which the clocks of two machines may differ: Flower j
 _THREADS = 64
 _REQUESTS = 40.0  # polls a second that a SuperLink is asked for, whatever the size of the cohort
 
+_Arrival = tuple[str, RecordDict | str] | BaseException
+
 
 def exchange(
     grid: Grid, contents: Mapping[int, RecordDict], message_type: str, *, group: str, seconds: float | None
@@ -25,7 +28,9 @@ def exchange(
 
     None: wait for all; Flower reports a node that is gone after a minute. A node without an answer is not yielded.
     Each answer is fetched on its own thread: fetching waits for a sender that has stalled, for minutes, and must hold
-    up neither the others nor the deadline. Raises ``UnsupportedError`` if the SuperLink takes none of the messages.
+    up neither the others nor the deadline. It is the answer of the node whose question it was fetched for, which the
+    SuperLink has checked; what the message says of that, its sender wrote. Raises ``UnsupportedError`` if the SuperLink
+    takes none of the messages.
     """
     if not contents:
         return
@@ -40,7 +45,7 @@ def exchange(
         raise UnsupportedError(
             "the SuperLink took none of the messages.", where="flower", fix="see its log; a message may be too large."
         )
-    arrived: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
     stopped = threading.Event()
     left = queue.SimpleQueue[str]()
     for number in waiting:
@@ -55,11 +60,10 @@ def exchange(
                 reply = arrived.get(timeout=None if ends is None else max(ends - time.monotonic(), 0.0))
             except queue.Empty:
                 return
-            if isinstance(reply, Exception):
+            if isinstance(reply, BaseException):
                 raise reply
-            node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                yield node, reply.content if reply.has_content() else f"flower error {reply.error.code}"
+            number, answer = reply
+            yield waiting.pop(number), answer
     finally:
         stopped.set()
 
@@ -67,7 +71,7 @@ def exchange(
 def _fetch(
     grid: Grid,
     left: queue.SimpleQueue[str],
-    arrived: queue.SimpleQueue[Message | Exception],
+    arrived: queue.SimpleQueue[_Arrival],
     stopped: threading.Event,
     pause: float,
 ) -> None:
@@ -79,11 +83,23 @@ def _fetch(
             return
         try:
             replies = list(grid.pull_messages([number]))
-        except Exception as error:  # noqa: BLE001  (raised again by the caller, on its own thread)
+            if not replies:
+                left.put(number)
+                stopped.wait(pause)
+                continue
+            found: RecordDict | str = _content(replies[0])
+        except (OSError, httpx.HTTPError) as error:  # of the SuperLink: raised again by the caller, on its own thread
             arrived.put(error)
             return
-        for reply in replies:
-            arrived.put(reply)
-        if not replies:
-            left.put(number)
-            stopped.wait(pause)
+        except Exception as error:  # noqa: BLE001  (a node's bytes that are no message must not end the run)
+            found = f"unreadable: {type(error).__name__}"
+        except BaseException as error:  # noqa: BLE001  (so Flower says that the run was stopped)
+            arrived.put(error)
+            return
+        arrived.put((number, found))
+
+
+def _content(reply: Message) -> RecordDict | str:
+    if not reply.has_content():
+        return f"flower error {reply.error.code}"
+    return reply.content if isinstance(reply.content, RecordDict) else "no records"

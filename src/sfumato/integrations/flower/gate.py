@@ -54,6 +54,9 @@ class Gate:
         if scope["method"] != "POST" or path not in OPEN:
             await _answer(send, 404)
             return
+        if {b"content-length", b"transfer-encoding"} <= {name.lower() for name, _ in scope["headers"]}:
+            await _answer(send, 400)  # two lengths: RFC 9112, 6.1, a sign of smuggling
+            return
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP]
         request = self._inner.build_request("POST", path, headers=headers, content=_body(receive))
         if any(name == b"content-length" for name, _ in headers):
@@ -97,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--authority", help="certificate of the authority that vouches for the SuperLink")
     parser.add_argument("--certificate")
     parser.add_argument("--key")
+    parser.add_argument("--insecure", action="store_true", help="no TLS towards the nodes")
     found = parser.parse_args(arguments)
+    if found.insecure != (found.certificate is None) or found.insecure != (found.key is None):
+        parser.error("give --certificate and --key, or --insecure")
     trust = True if found.authority is None else ssl.create_default_context(cafile=found.authority)
     # trust_env: a proxy from the environment must not stand between two ends of one machine.
     inner = httpx.AsyncClient(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.cli.helpers import Run
 
@@ -167,6 +168,13 @@ def test_ledgers_that_do_not_add_up_are_not_shared(sfumato: Run, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("plain_report")
+def test_smaller_budgets_need_a_cohort_that_can_draw_less_often(sfumato: Run, tmp_path: Path) -> None:
+    (tmp_path / "budgets.yaml").write_text("client-0: 1\n")
+    ran = sfumato(*QUICK, "--unit", "client", "--epsilon", 2, "--budgets", "budgets.yaml", "--cohort", "fixed:2")
+    assert (ran.code, "--cohort poisson:RATE" in ran.err) == (2, True)
+
+
+@pytest.mark.usefixtures("plain_report")
 @pytest.mark.parametrize("unit", ["sample", "local"])
 def test_clients_that_have_spent_everything_train_no_more(sfumato: Run, tmp_path: Path, unit: str) -> None:
     options = ["--unit", unit, "--ledger-dir", "books", "--epsilon", 2, "--json"]
@@ -238,7 +246,10 @@ def test_a_failure_leaves_only_the_ledgers(sfumato: Run, tmp_path: Path, monkeyp
 def test_clients_that_all_fail_are_an_error(sfumato: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(federated_job.FederatedTrainer):
         def __init__(self, **values: object):
-            super().__init__(**(values | {"loss": lambda output, y: output.nonsense}))
+            # Two records are what is tried before anything is charged.
+            loss = torch.nn.functional.cross_entropy
+            values |= {"loss": lambda output, y: loss(output, y) if len(y) <= 2 else output.nonsense}
+            super().__init__(**values)
 
     monkeypatch.setattr(federated_job, "FederatedTrainer", Broken)
     ran = sfumato(*QUICK, "--epsilon", 4)
@@ -256,13 +267,16 @@ def test_a_table_with_a_client_column(sfumato: Run, tmp_path: Path) -> None:
     (tmp_path / "bounds.yaml").write_text("age: [0, 100]\n")
     ran = sfumato(
         "federate", "--data", "clinics.csv", "--label", "sick", "--client-column", "clinic", "--bounds", "bounds.yaml",
-        "--epsilon", 4, "--rounds", 5, "--json",
+        "--epsilon", 4, "--rounds", 5, "--noise", "research", "--seed", 1, "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert ran.json["clients"] == 15
     assert ran.json["public_records"] == 0  # of somebody's own data nothing is public unless they say so
     assert ran.json["accuracy"] > 0.7
     assert (tmp_path / "run" / "ledgers").is_dir()
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "untrained model that the rounds began from" in html
+    assert "records of these clients that were held out" in html
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sfumato.errors import ConfigurationError
 from sfumato.federated import (
     Adaptive,
     Client,
+    ClientLevel,
     Distributed,
     FederatedTrainer,
     LocalTraining,
@@ -171,9 +172,18 @@ def test_a_record_counts_once_in_counts_of_classes(fed: Any) -> None:
         model=fed.linear(),
         clients={"a": TensorDataset(x, torch.zeros(20, 7, dtype=torch.int64))},
         privacy=SampleLevel(epsilon=2.0),
+        loss=lambda found, y: nn.functional.cross_entropy(found, y[:, 0]),
         allocation=Adaptive(clients=True),
         validation=Validation(public=fed.records(seed=9)),
         classes=2,
     )
     with pytest.raises(ConfigurationError, match="for each record"):
         trainer.fit()
+
+
+def test_layers_that_cannot_train_on_one_record_are_not_refused(fed: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    trainer = FederatedTrainer(
+        model=model, clients=fed.federation(), privacy=ClientLevel(epsilon=2.0), local=LocalTraining(batch_size=10)
+    )
+    assert trainer.noise_multiplier > 0.0

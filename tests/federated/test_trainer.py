@@ -705,3 +705,16 @@ def test_a_spent_client_does_not_answer_with_nothing(fed: Any) -> None:
     assert result.rounds[0].rejected == {"budget": 1}
     assert result.rounds[0].accepted == len(clients)
     assert result.rounds[1].cohort == len(clients)
+
+
+def test_physical_batches_do_not_change_what_is_trained(fed: Any) -> None:
+    """One logical batch in parts: the same update, the same charges."""
+    models, events = [], []
+    for most in (None, 3):
+        local = LocalTraining(steps=3, batch_size=12, lr=0.5, proximal=0.1, max_physical_batch_size=most)
+        trainer = trainer_of(fed, SampleLevel(epsilon=4.0), rounds=2, local=local, noise="research", seed=5)
+        result = trainer.fit()
+        models.append(parameters(result.model))
+        events.append([ledger.events() for ledger in result.client_ledgers.values()])
+    assert torch.allclose(models[0], models[1], atol=1e-5)
+    assert events[0] == events[1]

@@ -57,9 +57,7 @@ def facts_of(
             unit=result.unit,
             adjacency=next((event.adjacency for event in proof.worst), result.adjacency),
         ),
-        meaning=largest_meaning(
-            [meaning(events, delta=result.delta) for events in proof.everyone], result.epsilon
-        ),
+        meaning=largest_meaning([meaning(events, delta=result.delta) for events in proof.everyone], result.epsilon),
         federation=Federation(
             level=settings.level,
             clients=len(data.clients),
@@ -102,7 +100,7 @@ def facts_of(
         baseline=done.baseline,
         client_epsilons=tuple(sorted(result.client_epsilons.items())),
         rounds=tuple(done.metrics.rows),
-        epsilon_at=envelope([profile(events) for events in proof.everyone]) if private else (),
+        epsilon_at=_epsilon_at(proof, result.epsilon, result.delta) if private else (),
         trade_off=envelope([trade_off(events) for events in proof.everyone]) if private else (),
         versions=versions(),
         command=shlex.join(["sfumato", *argv]),
@@ -157,6 +155,12 @@ def federated_result(facts: FederatedFacts, folder: Path, model_name: str) -> Re
         ]
     )
     return Result(data, text)
+
+
+def _epsilon_at(proof: Proof, epsilon: float, delta: float) -> tuple[tuple[float, float], ...]:
+    """((δ, ε), …) for every client; ``epsilon`` holds for all at ``delta``, and so for every larger δ."""
+    found = envelope([profile(events) for events in proof.everyone])
+    return tuple((at, min(value, epsilon) if at >= delta else value) for at, value in found)
 
 
 def _noise_to_update(level: str, noise: float, numbers: int, asked: float) -> float | None:

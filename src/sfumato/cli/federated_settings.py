@@ -113,7 +113,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="secure (default), or research: repeatable from --seed, and then NOT private")
     add("--seed", type=int, help="initialisation; noise and selection are seeded only with --noise research")
     add("--ledger-dir", type=str, metavar="DIR",
-        help="folder of ledgers shared by runs on the same clients; --epsilon is then the budget of all of them")
+        help="folder of ledgers shared by runs on the same clients, with ledgers of one kind (--unit sample; local; "
+        "client and distributed); --epsilon is then the budget of all of them")
     add("--verbose", action="store_true", help="print what the library logs on standard error")
     add("--out", type=str, default="run", help="new folder for everything that is written (default: run)")
     # fmt: on

@@ -29,7 +29,8 @@ LARGE = 1 << 17  # from here on adding gradients into one flat tensor costs more
 class LocalTraining:
     """SGD at the client, for ``epochs`` passes over its records or for ``steps`` batches of about ``batch_size``.
 
-    ``proximal``: strength of FedProx's pull towards the global model. Under DP-SGD the batches are Poisson samples.
+    ``proximal``: strength of FedProx's pull towards the global model. Under DP-SGD the batches are Poisson samples, and
+    ``max_physical_batch_size`` the most records of one in memory at once.
     """
 
     epochs: int | None = None
@@ -38,13 +39,14 @@ class LocalTraining:
     lr: float = 0.1
     momentum: float = 0.0
     proximal: float = 0.0
+    max_physical_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ConfigurationError("give epochs or steps, not both.", where="epochs")
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
-        for name in ("epochs", "steps", "batch_size"):
+        for name in ("epochs", "steps", "batch_size", "max_physical_batch_size"):
             if getattr(self, name) is not None:
                 _validate.count(name, getattr(self, name))
         _validate.positive("lr", self.lr)
@@ -124,6 +126,7 @@ def private(
             clipping=unit.clipping,
             noise=origin,
             sampling=Poisson(local.rate(size)),
+            max_physical_batch_size=local.max_physical_batch_size,
             budget=budget,
             check_first_batch=check,
             dataset=f"client {client.id}",

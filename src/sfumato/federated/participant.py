@@ -36,7 +36,7 @@ class Client:
     """A participant.
 
     Args:
-        id: its name in the federation.
+        id: its name in the federation; in its ledger, records under another name are others.
         data: its records, (input, target) pairs, or a :class:`Stream` of them.
         ledger: where it records what it spends (SampleLevel, LocalLevel): a path, an ``sf.Ledger``, None for memory.
         validation: records of its own that are never trained on, for measuring progress privately.

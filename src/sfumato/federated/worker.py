@@ -82,7 +82,7 @@ class Worker:
         self.noise, self.seed = noise, seed
         self.live = Live(model, train if isinstance(train, Trained) else prepare(model, train))
         self._schema = self.live.trained.schema
-        self._checked: set[str] = set()
+        self._checked = False  # the check of the first batch is of the model, which is the same for all clients
         self._base: tuple[object, Tensor, str] | None = None
         self._calibrated: dict[tuple[int, bool, Budget], float] = {}
 
@@ -214,10 +214,10 @@ class Worker:
             adaptive=self.adaptive,
             budget=self._budget(client),
             origin=self._origin(task, client),
-            check=client.id not in self._checked,
+            check=not self._checked,
         )
         client.done = stopped and not client.fresh
-        self._checked.add(client.id)
+        self._checked = True
 
     def _measure(self, task: Task, client: Client) -> Tensor | Arrays:
         """(correct, records) on validation records; a record adds a vector of norm <= √2, a client one of norm <= 1."""
@@ -238,7 +238,7 @@ class Worker:
         """Records by class, noised: one record changes one count by 1."""
         held = tensors(client.records(task.round))
         classes = _validate.count("classes", task.settings.get("classes"))
-        if held is None or held[1].dtype != torch.int64 or held[1].ndim != 1:  # more than one would count more than once
+        if held is None or held[1].dtype != torch.int64 or held[1].ndim != 1:  # else a record counts more than once
             raise ConfigurationError("counting needs a class number (int64) for each record.", where="allocation")
         counts = torch.bincount(held[1].clamp(0, classes - 1), minlength=classes).float()
         assert self.count_noise is not None
@@ -306,7 +306,8 @@ class Worker:
         for client in [c for c in clients if not isinstance(c.data, Stream)][:REHEARSED]:
             data: Any = client.data
             try:
-                x, y = default_collate([data[0]])
+                pair = range(min(2, self.local.batch_size))  # some layers cannot train on one record alone
+                x, y = default_collate([data[i % len(data)] for i in pair])
                 with torch.random.fork_rng(devices=[]):
                     found = self.loss(self.live.model(x), y)
                 if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:

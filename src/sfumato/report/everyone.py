@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from ..accounting import Event
 from .facts import Meaning
 
 History = Mapping[Event, int]
-MOST = 32  # histories that are composed; more of them are covered by fewer, each at least as bad as those it covers
+MOST = 100  # histories that are composed; more of them are covered by fewer, each at least as bad as those it covers
 
 
 def covering(histories: Sequence[History], most: int = MOST) -> list[History]:
-    """At most ``most`` histories (more, if of unlike kinds), such that each of ``histories`` spends at most one of them.
+    """At most ``most`` histories (more, if of unlike kinds), of which each of ``histories`` spends at most one.
 
     Noise only falls, chances and counts only rise: the releases of a client that is covered can be made from those of
     its cover by adding noise, by leaving some out, and by answering for nobody now and then.
@@ -26,7 +27,7 @@ def covering(histories: Sequence[History], most: int = MOST) -> list[History]:
         alike.sort(key=lambda h: [(e.sample_rate, e.noise_multiplier) for e in _ordered(h)])
         groups = max(1, min(len(alike), most // len(kinds)))
         cuts = [len(alike) * i // groups for i in range(groups + 1)]
-        found += [_cover(alike[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        found += [_cover(alike[a:b]) for a, b in pairwise(cuts)]
     return found
 
 

@@ -12,7 +12,7 @@ from .explain import explained
 from .federated_assumptions import federated_assumptions
 from .federated_curves import federated_curves
 from .federated_facts import FederatedFacts
-from .federated_words import TRUST, UNITS, costs, federated_coverage, federated_not_covered, noise_text, size
+from .federated_words import TRUST, UNITS, costs, federated_coverage, federated_not_covered, noise_text, size, start
 from .ranges import CONTEXT, SETTINGS
 from .words import plain_sentence
 from .write import HTML_NAME, JSON_NAME, meaning_json, page, strict
@@ -71,6 +71,7 @@ def federated_html(facts: FederatedFacts) -> str:
         trust=TRUST[facts.federation.level],
         coverage=federated_coverage(facts),
         costs=costs(facts),
+        start=start(facts),
         explained=explained(facts.guarantee, facts.meaning),
         settings=SETTINGS,
         context=CONTEXT,

@@ -113,7 +113,9 @@ def _data(facts: FederatedFacts) -> list[Assumption]:
             "declared" if training.own_model else "checked",
             "The model came from user code; pre-trained weights are outside this guarantee."
             if training.own_model
-            else f"Built-in model from seed {training.seed}, trained on the public part and nothing else.",
+            else f"Built-in model from seed {training.seed}, trained on the public part and nothing else."
+            if f.public_records
+            else f"Built-in model from seed {training.seed}, not trained before.",
         ),
         Assumption(
             "Clients hold different people's records",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .curves import AMBER, INK, STYLE, TEAL, VIOLET, Curve, attack, svg
 from .federated_facts import FederatedFacts
+from .federated_words import start
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def _accuracy(facts: FederatedFacts) -> Curve | None:
         spent, reached = zip((0.0, 100 * facts.baseline), *points, strict=True)
         marker = "o" if len(spent) <= MARKED else None
         axes.plot(spent, reached, color=VIOLET, linewidth=2, marker=marker, markersize=3.5, label="after each round")
-        axes.axhline(100 * facts.baseline, color=INK, linewidth=1, linestyle=":", label="public model alone")
+        axes.axhline(100 * facts.baseline, color=INK, linewidth=1, linestyle=":", label=f"{start(facts)} alone")
         axes.set(xlabel="ε spent (largest over clients)", ylabel="test accuracy in %", xlim=(0, None))
         axes.legend(loc="best")
 

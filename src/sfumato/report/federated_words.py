@@ -28,11 +28,13 @@ def costs(facts: FederatedFacts) -> list[str]:
     """What the guarantee cost in accuracy, in noise, in amplification and in bytes; one sentence each."""
     f = facts.federation
     gained = 100.0 * (facts.accuracy - facts.baseline)
+    began = f"the {start(facts)} that the rounds began from ({100 * facts.baseline:.2f} %)"
     verdict = (
-        f"{gained:+.2f} points against the public model that the rounds began from ({100 * facts.baseline:.2f} %)."
+        f"{gained:+.2f} points against {began}."
         if gained > 0
-        else f"NOT better ({gained:+.2f} points) than the public model that the rounds began from "
-        f"({100 * facts.baseline:.2f} %), which costs no privacy: use that one."
+        else f"NOT better ({gained:+.2f} points) than {began}, which costs no privacy: use that one."
+        if f.public_records
+        else f"NOT better ({gained:+.2f} points) than {began}: nothing was learned."
     )
     error = 100.0 * math.sqrt(facts.accuracy * (1.0 - facts.accuracy) / facts.data.test_records)
     chance = f"With {facts.data.test_records:,} test records an accuracy has a standard error of {error:.1f} points."
@@ -50,6 +52,13 @@ def costs(facts: FederatedFacts) -> list[str]:
         "that was asked in a round."
     )
     return found
+
+
+def start(facts: FederatedFacts) -> str:
+    """What the rounds began from: public records alone made it, or none did."""
+    if facts.federation.public_records:
+        return "public model"
+    return "model" if facts.training.own_model else "untrained model"
 
 
 def amplification(facts: FederatedFacts) -> str:
@@ -87,7 +96,12 @@ def federated_not_covered(facts: FederatedFacts) -> list[str]:
         found.append(
             f"The {f.public_records:,} public records: the starting model was trained on them without any protection."
         )
-    found.append("Test accuracy is computed from the common test records, without noise.")
+    whose = (
+        " They are records of these clients that were held out: what it says of them is not part of any client's ε."
+        if f.natural
+        else ""
+    )
+    found.append(f"Test accuracy is computed from the common test records, without noise.{whose}")
     if f.level == "sample":
         found.append("A whole client: someone whose records fill a client is protected by far less.")
     if f.level in ("client", "distributed"):

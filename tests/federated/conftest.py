@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sfumato.federated.messages import Reply, Task
 from sfumato.federated.transport import Transport
+from sfumato.federated.wire.messages import Reply, Task
 
 Says = Callable[[Task, str], Any]
 

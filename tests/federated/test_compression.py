@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from sfumato.errors import ConfigurationError, DataError
-from sfumato.federated.compression import Codec, Prune, Quantize, decode, encode, nbytes, support
+from sfumato.federated.wire.compression import Codec, Prune, Quantize, decode, encode, nbytes, support
 
 CODECS: list[Codec | None] = [
     None,

@@ -13,10 +13,10 @@ import torch
 
 from sfumato.clipping import Flat, Grouped, PerLayer
 from sfumato.errors import ConfigurationError
-from sfumato.federated.compression import Prune, Quantize, encode
 from sfumato.federated.contributions import Bound, Sum, weights_of
-from sfumato.federated.messages import Reply, Task
-from sfumato.federated.schema import Schema
+from sfumato.federated.wire.compression import Prune, Quantize, encode
+from sfumato.federated.wire.messages import Reply, Task
+from sfumato.federated.wire.schema import Schema
 
 SCHEMA = Schema((("a.weight", (2, 3)), ("a.bias", (2,)), ("b.weight", (3,))))
 D = SCHEMA.size

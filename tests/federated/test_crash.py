@@ -405,7 +405,7 @@ import numpy as np
 from torch import nn
 from pathlib import Path
 from sfumato.federated import ClientLevel, FederatedTrainer, FixedCohort
-from sfumato.federated.messages import Reply
+from sfumato.federated.wire.messages import Reply
 
 class Clients:
     def clients(self):

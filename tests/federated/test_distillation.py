@@ -30,9 +30,9 @@ from sfumato.federated import (
     SampleLevel,
     Stream,
 )
-from sfumato.federated.messages import Reply, Task
-from sfumato.federated.predictions import probabilities, scaled
+from sfumato.federated.distillation.predictions import probabilities, scaled
 from sfumato.federated.seeds import stream
+from sfumato.federated.wire.messages import Reply, Task
 
 ALPHA = 1e-9
 CLASSES = 3

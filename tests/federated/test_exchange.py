@@ -17,8 +17,8 @@ from sfumato.federated.accounts import DATASET, Accounts
 from sfumato.federated.cohorts import FixedCohort, PoissonCohort, Terms, number_of
 from sfumato.federated.contributions import Bound
 from sfumato.federated.exchange import Exchange, Exhausted, Question
-from sfumato.federated.schema import Schema
 from sfumato.federated.units import ClientLevel, SampleLevel
+from sfumato.federated.wire.schema import Schema
 
 ALPHA = 1e-9
 BIG = 1_000_000

@@ -32,11 +32,11 @@ from sfumato.federated import (
     Stream,
     Validation,
 )
-from sfumato.federated.messages import Task
-from sfumato.federated.schema import digest
 from sfumato.federated.transport import InProcess
 from sfumato.federated.units import Unit
 from sfumato.federated.validation import MEASURE
+from sfumato.federated.wire.messages import Task
+from sfumato.federated.wire.schema import digest
 
 D = 8  # numbers of the small model
 
@@ -319,7 +319,7 @@ def test_compression_happens_after_the_noise_of_local_reports(fed: Any, codec: A
     one, other = Client("a", fed.records()), Client("a", fed.records())
     whole = plain.answer(task_for(plain), one).arrays["values"]
     sent = packed.answer(task_for(packed), other).arrays
-    from sfumato.federated.compression import decode
+    from sfumato.federated.wire.compression import decode
 
     decoded = decode(codec, sent, D, 1).numpy()
     assert one.ledger.epsilon(delta=1e-5) == other.ledger.epsilon(delta=1e-5)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sfumato as sf
 from sfumato.errors import ConfigurationError, UnsupportedError
-from sfumato.federated.lora import Adapted, adapters, inject, merge
-from sfumato.federated.selection import All, LoRA, prepare
+from sfumato.federated.parameters.lora import Adapted, adapters, inject, merge
+from sfumato.federated.parameters.selection import All, LoRA, prepare
 
 
 class Attention(nn.Module):

@@ -10,10 +10,10 @@ import torch
 
 from sfumato.errors import ConfigurationError
 from sfumato.federated import Distributed, FederatedTrainer, LocalTraining, SampleLevel
-from sfumato.federated.masked import MESSAGE, settings
-from sfumato.federated.messages import Task
-from sfumato.federated.participant import Client
-from sfumato.federated.schema import digest
+from sfumato.federated.client.participant import Client
+from sfumato.federated.secure.masked import MESSAGE, settings
+from sfumato.federated.wire.messages import Task
+from sfumato.federated.wire.schema import digest
 
 
 def asked(worker: Any, cohort: tuple[str, ...]) -> Task:

@@ -8,7 +8,7 @@ from torch import nn
 
 from sfumato.errors import ConfigurationError
 from sfumato.federated import Distill
-from sfumato.federated.predictions import learn, probabilities, rows_of, scaled, simplex, unscaled
+from sfumato.federated.distillation.predictions import learn, probabilities, rows_of, scaled, simplex, unscaled
 
 
 def test_certainty_has_norm_one_and_nothing_is_longer() -> None:

@@ -16,10 +16,10 @@ from scipy.special import logsumexp
 
 from sfumato.accounting import Event, compose, renyi
 from sfumato.errors import ConfigurationError, DataError
-from sfumato.federated.encoding import Grid, centred, clipped, squared_norm, wrapped
-from sfumato.federated.masks import Masks
-from sfumato.federated.rotation import _signs, padded, rotate, unrotate
-from sfumato.federated.secure_sum import SecureSum, Void, _tail, calibrated
+from sfumato.federated.secure.encoding import Grid, centred, clipped, squared_norm, wrapped
+from sfumato.federated.secure.masks import Masks
+from sfumato.federated.secure.rotation import _signs, padded, rotate, unrotate
+from sfumato.federated.secure.secure_sum import SecureSum, Void, _tail, calibrated
 from sfumato.noise import Research, Secure
 
 ALPHA = 1e-9

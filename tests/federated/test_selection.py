@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import sfumato as sf
 from sfumato.errors import ConfigurationError, DataError, UnsupportedError
-from sfumato.federated.selection import (
+from sfumato.federated.parameters.selection import (
     All,
     LastLayers,
     LoRA,

@@ -41,9 +41,9 @@ from sfumato.federated import (
 )
 from sfumato.federated.accounts import DATASET
 from sfumato.federated.cohorts import number_of
-from sfumato.federated.messages import Task
-from sfumato.federated.schema import digest
 from sfumato.federated.units import Unit
+from sfumato.federated.wire.messages import Task
+from sfumato.federated.wire.schema import digest
 from sfumato.schedules import Cosine
 
 STEPS = LocalTraining(steps=3, batch_size=5)

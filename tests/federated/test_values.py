@@ -23,8 +23,8 @@ from sfumato.federated import (
     Stream,
 )
 from sfumato.federated.calibration import calibrated
+from sfumato.federated.client.local import step_event
 from sfumato.federated.cohorts import Terms, event_of
-from sfumato.federated.local import step_event
 
 DELTA = 1e-5
 

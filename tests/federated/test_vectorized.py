@@ -29,15 +29,15 @@ from sfumato.federated import (
     Stream,
     Worker,
 )
+from sfumato.federated.client.local import LARGE
+from sfumato.federated.client.stacked import Records, train
 from sfumato.federated.contributions import _flat
-from sfumato.federated.local import LARGE
-from sfumato.federated.messages import Reply, Task
-from sfumato.federated.narrowing import narrowed
-from sfumato.federated.schema import digest
-from sfumato.federated.stacked import Records, train
 from sfumato.federated.transport import InProcess
 from sfumato.federated.units import Unit
 from sfumato.federated.vectorized import Vectorized
+from sfumato.federated.wire.messages import Reply, Task
+from sfumato.federated.wire.narrowing import narrowed
+from sfumato.federated.wire.schema import digest
 
 SIZES = (37, 8, 20, 1, 52, 16, 16, 33)
 Clients = dict[str, Client]

@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from sfumato.errors import DataError
-from sfumato.federated.messages import KINDS, Reply, Task
+from sfumato.federated.wire.messages import KINDS, Reply, Task
 from sfumato.integrations.flower.codec import (
     ENTRIES,
     RAW,

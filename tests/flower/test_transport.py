@@ -20,9 +20,9 @@ from flwr.app import Context, Error, Message, RecordDict
 from tests.flower.in_process import InProcessGrid
 
 from sfumato.errors import ConfigurationError, UnsupportedError
-from sfumato.federated.messages import Reply, Task
-from sfumato.federated.participant import Client
+from sfumato.federated.client.participant import Client
 from sfumato.federated.units import ClientLevel, Distributed, SampleLevel
+from sfumato.federated.wire.messages import Reply, Task
 from sfumato.integrations.flower import GridTransport, client_app
 from sfumato.integrations.flower.exchange import exchange
 from sfumato.integrations.flower.logs import keep_log

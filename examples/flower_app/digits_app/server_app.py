@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from digits_app.federation import LOCAL, UNIT, data, pretrained
 from sfumato.federated import FederatedTrainer
-from sfumato.federated.messages import Scalar
+from sfumato.federated.wire.messages import Scalar
 from sfumato.integrations.flower import GridTransport, server_app
 
 

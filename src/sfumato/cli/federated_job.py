@@ -18,7 +18,7 @@ from torch import nn
 from ..data import FederatedData, load_federated
 from ..errors import BudgetExceeded, ConfigurationError, DataError
 from ..federated import FederatedTrainer, Result, TopK, Validation
-from ..federated.selection import Train, prepare
+from ..federated.parameters.selection import Train, prepare
 from ..federated.units import Unit
 from ..models import Features
 from ..report import write_federated

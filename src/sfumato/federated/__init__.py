@@ -5,20 +5,20 @@ sum of them, charged in a ledger before.
 """
 
 from .allocation import Adaptive, Uniform
+from .client.local import LocalTraining
+from .client.participant import Client, Stream
+from .client.worker import Worker
 from .cohorts import FixedCohort, MinSeparation, PoissonCohort
-from .compression import Prune, Quantize
-from .distillation import FederatedDistillation
+from .distillation.driver import FederatedDistillation
+from .distillation.peers import Peer, PeerWorker
+from .distillation.predictions import Distill
 from .history import Result, Round
-from .local import LocalTraining
-from .participant import Client, Stream
-from .peers import Peer, PeerWorker
-from .predictions import Distill
-from .selection import All, LastLayers, LoRA, Named, TopK
+from .parameters.selection import All, LastLayers, LoRA, Named, TopK
 from .server import Adam, Average, Momentum
 from .trainer import FederatedTrainer
 from .units import ClientLevel, Distributed, LocalLevel, SampleLevel
 from .validation import Validation
-from .worker import Worker
+from .wire.compression import Prune, Quantize
 
 __all__ = [
     "Adam",

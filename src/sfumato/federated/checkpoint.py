@@ -17,7 +17,7 @@ from sfumato.session import stored
 
 from .exchange import Exchange
 from .history import Round
-from .schema import Schema
+from .wire.schema import Schema
 
 KIND = "federation"
 
@@ -41,7 +41,6 @@ class State:
     factor: float = 1.0
     measures: list[float] = field(default_factory=list)
     last_drawn: dict[str, int] = field(default_factory=dict)
-    done: list[str] = field(default_factory=list)
     shares: dict[str, float] = field(default_factory=dict)
     epsilons: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -78,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> State | None:
 
 def note(state: State, exchange: Exchange, ledger: Ledger | None, rounds: Sequence[Round]) -> None:
     """Take over what the exchange and the ledger know after a round."""
-    state.number, state.last_drawn, state.done = exchange.number, dict(exchange.history.last), sorted(exchange.done)
+    state.number, state.last_drawn = exchange.number, dict(exchange.history.last)
     state.epsilons = {} if ledger is not None else dict(exchange.epsilons)
     state.history = [row_of(round) for round in rounds]
     state.head = None if ledger is None else ledger.head
@@ -104,7 +103,8 @@ def restore(state: State, exchange: Exchange, ledger: Ledger | None, schema: Sch
         assert exchange.accounts is not None
         exchange.accounts.run = state.run
     exchange.run, exchange.number = state.run, state.number
-    exchange.history.last, exchange.done = dict(state.last_drawn), set(state.done)
+    # Who had nothing left says so again when asked: its limit may have been raised since.
+    exchange.history.last = dict(state.last_drawn)
     for client, spent in state.epsilons.items():
         if client in exchange.epsilons:
             exchange.epsilons[client] = max(exchange.epsilons[client], spent)

@@ -15,9 +15,9 @@ from torch import Tensor
 from sfumato.clipping import Clip, Flat, groups_of, weights
 from sfumato.errors import ConfigurationError, DataError
 
-from .compression import Codec, decode, nbytes
-from .messages import Reply, Task
-from .schema import Schema
+from .wire.compression import Codec, decode, nbytes
+from .wire.messages import Reply, Task
+from .wire.schema import Schema
 
 BLOCK = 1 << 16  # a float64 copy of a whole vector costs more than all that is computed with it
 

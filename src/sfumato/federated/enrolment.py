@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 from sfumato.accounting import Budget, Ledger
 from sfumato.errors import ConfigurationError
 
-from . import masked
 from .accounts import Accounts
 from .calibration import calibrated
+from .client.participant import Client, Stream
 from .cohorts import Terms
 from .exchange import Exchange
-from .participant import Client, Stream
+from .secure import masked
 from .settings import Settings
 from .transport import Transport
 from .units import ClientLevel, Distributed, Unit, budgets

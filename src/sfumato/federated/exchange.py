@@ -21,19 +21,19 @@ from sfumato.accounting import Event, Reservation
 from sfumato.clipping import gradient_multiplier
 from sfumato.errors import BudgetExceeded
 
-from . import masked
 from .accounts import Accounts
+from .client.participant import Client
 from .cohorts import Cohort, Drawn, History, PoissonCohort, Terms, draw, event_of
-from .compression import Codec
 from .contributions import Bound, Rejected, Sum, check_envelope, well_formed
-from .encoding import Residues
-from .messages import Kind, Reply, Scalar, Task
-from .participant import Client
-from .schema import Schema, digest
-from .secure_sum import Void
+from .secure import masked
+from .secure.encoding import Residues
+from .secure.secure_sum import Void
 from .seeds import derive, stream
 from .transport import Transport
 from .units import Distributed, Unit
+from .wire.compression import Codec
+from .wire.messages import Kind, Reply, Scalar, Task
+from .wire.schema import Schema, digest
 
 LOG = logging.getLogger("sfumato")
 

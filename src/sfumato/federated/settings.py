@@ -13,14 +13,14 @@ from sfumato.errors import ConfigurationError
 
 from . import allocation as allocating
 from .allocation import Adaptive, Allocation, Uniform
+from .client.local import LocalTraining, Loss
+from .client.worker import Worker
 from .cohorts import Cohort, FixedCohort, PoissonCohort, participations
-from .compression import Codec
-from .local import LocalTraining, Loss
-from .selection import All, TopK, Train
+from .parameters.selection import All, TopK, Train
 from .server import Average, ServerOptimizer
 from .units import ClientLevel, Distributed, SampleLevel, Unit
 from .validation import Validation
-from .worker import Worker
+from .wire.compression import Codec
 
 
 @dataclass(frozen=True)

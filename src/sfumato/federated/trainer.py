@@ -23,21 +23,19 @@ from sfumato.schedules import factor
 from . import allocation as allocating
 from . import checkpoint as checkpoints
 from .allocation import Adaptive, Allocation, Uniform
+from .client.live import frozen_digest
+from .client.local import LocalTraining, Loss
+from .client.participant import Client, Stream, tensors
+from .client.worker import Worker
 from .cohorts import Cohort, PoissonCohort, Terms, event_of
 from .cohorts import checked as checked_cohort
-from .compression import Codec
 from .contributions import Bound, weights_of
 from .enrolment import exchange_for, participants, server_ledger, with_own_limits
 from .exchange import Answer, Exhausted, Question
 from .history import Result, Round, Stopped
-from .live import frozen_digest
-from .local import LocalTraining, Loss
-from .lora import merge
-from .narrowing import counts_schema, narrowed, positions, scores_schema
-from .participant import Client, Stream, tensors
-from .schema import Schema
-from .scores import scores_from_public, scores_from_released
-from .selection import All, TopK, Train, choose, prepare
+from .parameters.lora import merge
+from .parameters.scores import scores_from_public, scores_from_released
+from .parameters.selection import All, TopK, Train, choose, prepare
 from .server import Average, ServerOptimizer, advance
 from .server import checked as checked_server
 from .settings import Settings
@@ -45,7 +43,9 @@ from .transport import InProcess, Transport
 from .units import UNITS, ClientLevel, Distributed, LocalLevel, SampleLevel, Unit, privacy_unit
 from .validation import MEASURE, Validation, correct, share
 from .vectorized import Vectorized
-from .worker import Worker
+from .wire.compression import Codec
+from .wire.narrowing import counts_schema, narrowed, positions, scores_schema
+from .wire.schema import Schema
 
 
 class FederatedTrainer:
@@ -284,7 +284,10 @@ class FederatedTrainer:
             number=state.rounds,
             cohort=answer.asked,
             accepted=answer.accepted,
-            rejected=answer.rejected,
+            rejected={
+                **answer.rejected,
+                **({f"measure: {why}": n for why, n in more.rejected.items()} if more else {}),
+            },
             epsilon=max(epsilons.values()),
             client_epsilons=epsilons,
             max_update_norm=answer.bound,

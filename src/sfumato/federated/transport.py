@@ -13,9 +13,9 @@ from typing import Protocol
 from sfumato import _validate
 from sfumato.errors import ConfigurationError
 
-from .messages import Reply, Task
-from .participant import Client
-from .worker import Worker
+from .client.participant import Client
+from .client.worker import Worker
+from .wire.messages import Reply, Task
 
 
 class Transport(Protocol):

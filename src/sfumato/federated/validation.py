@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from sfumato import _validate
 from sfumato.errors import ConfigurationError
 
-from .participant import tensors
-from .schema import Schema
+from .client.participant import tensors
+from .wire.schema import Schema
 
 MEASURE = Schema((("correct", ()), ("records", ())))
 CHUNK = 4096

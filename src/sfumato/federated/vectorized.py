@@ -13,14 +13,14 @@ from torch.utils.data import TensorDataset
 from sfumato import _validate
 from sfumato.errors import ConfigurationError
 
-from .live import Live
-from .local import LocalTraining, Loss, plain
-from .messages import Reply, Task
-from .participant import Client, Stream, tensors
-from .stacked import Records, activations, train
+from .client.live import Live
+from .client.local import LocalTraining, Loss, plain
+from .client.participant import Client, Stream, tensors
+from .client.stacked import Records, activations, train
+from .client.worker import Worker
 from .transport import InProcess
 from .units import SampleLevel
-from .worker import Worker
+from .wire.messages import Reply, Task
 
 LOG = logging.getLogger("sfumato")
 PROBED = 4  # clients whose records are used to find out whether training them together is exact

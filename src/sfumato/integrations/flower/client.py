@@ -9,9 +9,9 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from sfumato.errors import ConfigurationError, DataError
-from sfumato.federated.participant import Client
+from sfumato.federated.client.participant import Client
+from sfumato.federated.client.worker import Worker
 from sfumato.federated.units import ClientLevel, Distributed, LocalLevel, SampleLevel
-from sfumato.federated.worker import Worker
 
 from .codec import read_task, refusal, reply_records
 from .logs import keep_log

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from sfumato.errors import DataError
-from sfumato.federated.messages import KINDS, Reply, Scalar, Task
+from sfumato.federated.wire.messages import KINDS, Reply, Scalar, Task
 
 RAW = "sfumato.raw"
 ENTRIES = 64  # most arrays of a message

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.errors import ConfigurationError
-from sfumato.federated.messages import Scalar
+from sfumato.federated.wire.messages import Scalar
 
 from .client import CLIENT
 from .keys import Certificates

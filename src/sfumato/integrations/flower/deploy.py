@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sfumato.errors import ConfigurationError, SfumatoError
-from sfumato.federated.messages import Scalar
+from sfumato.federated.wire.messages import Scalar
 
 from .commands import CONNECTION, Link, connection, gate_command, superlink_command, supernode_command
 from .keys import NodeKey, certificates, node_key

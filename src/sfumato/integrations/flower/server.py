@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from sfumato.federated.messages import Scalar
+from sfumato.federated.wire.messages import Scalar
 
 from .logs import keep_log
 

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from sfumato import _validate
 from sfumato.errors import ConfigurationError
-from sfumato.federated.messages import Reply, Task
+from sfumato.federated.wire.messages import Reply, Task
 
 from .codec import read_reply, refusal, task_records
 from .exchange import exchange

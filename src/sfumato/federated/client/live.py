@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UnsupportedError
 
-from .selection import Trained
+from ..parameters.selection import Trained
 
 
 def frozen_digest(model: nn.Module, trained: Trained) -> str:

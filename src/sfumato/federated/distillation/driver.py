@@ -18,19 +18,19 @@ from sfumato.accounting import Ledger
 from sfumato.clipping import Flat
 from sfumato.errors import ConfigurationError
 
-from .cohorts import Cohort, PoissonCohort, Terms, checked, event_of, participations
-from .contributions import Bound, weights_of
-from .enrolment import exchange_for, participants, server_ledger, with_own_limits
-from .exchange import Exhausted, Question
-from .history import Result, Round
-from .local import LocalTraining, Loss
-from .participant import Client
+from ..client.local import LocalTraining, Loss
+from ..client.participant import Client
+from ..cohorts import Cohort, PoissonCohort, Terms, checked, event_of, participations
+from ..contributions import Bound, weights_of
+from ..enrolment import exchange_for, participants, server_ledger, with_own_limits
+from ..exchange import Exhausted, Question
+from ..history import Result, Round
+from ..seeds import derive
+from ..settings import Settings
+from ..transport import Transport
+from ..units import ClientLevel, LocalLevel, SampleLevel, privacy_unit
 from .peers import Peer, Peers, PeerWorker, Protected, client_of, protected, unamplified
 from .predictions import Distill, hash_of, inputs, learn, predictions_schema, probabilities, rows_of, unscaled
-from .seeds import derive
-from .settings import Settings
-from .transport import Transport
-from .units import ClientLevel, LocalLevel, SampleLevel, privacy_unit
 
 
 class FederatedDistillation:

@@ -16,20 +16,20 @@ from sfumato.accounting import Budget, Event, noise_multiplier
 from sfumato.errors import BudgetExceeded, ConfigurationError, SfumatoError, UnsupportedError
 from sfumato.noise import Research, Secure
 
-from . import masked
-from .compression import Codec, encode
-from .contributions import Bound
+from ..contributions import Bound
+from ..parameters.scores import client_score
+from ..parameters.selection import Train, Trained, prepare
+from ..secure import masked
+from ..seeds import derive, stream
+from ..units import Distributed, LocalLevel, SampleLevel, Unit, budgets
+from ..validation import MEASURE, Validation, correct
+from ..wire.compression import Codec, encode
+from ..wire.messages import Arrays, Reply, Task
+from ..wire.narrowing import counts_schema, narrowed, scores_schema
+from ..wire.schema import Schema, digest
 from .live import Live
 from .local import LocalTraining, Loss, plain, private, step_event
-from .messages import Arrays, Reply, Task
-from .narrowing import counts_schema, narrowed, scores_schema
 from .participant import Client, Stream, tensors
-from .schema import Schema, digest
-from .scores import client_score
-from .seeds import derive, stream
-from .selection import Train, Trained, prepare
-from .units import Distributed, LocalLevel, SampleLevel, Unit, budgets
-from .validation import MEASURE, Validation, correct
 
 LOG = logging.getLogger("sfumato")
 REHEARSED = 5  # clients that are tried before the first round

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import ConfigurationError, UnsupportedError
 
+from ..wire.schema import Schema, Shape
 from . import lora
 from .choices import All, LastLayers, LoRA, Named, TopK, Train
-from .schema import Schema, Shape
 from .scores import client_score, scores_from_public, scores_from_released
 
 __all__ = [

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..parameters.selection import Trained
 from .schema import Schema
-from .selection import Trained
 
 
 def narrowed(schema: Schema, index: Tensor | None) -> Schema:

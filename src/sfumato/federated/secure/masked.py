@@ -18,13 +18,13 @@ from sfumato.accounting import Budget, Event, compose
 from sfumato.errors import ConfigurationError
 from sfumato.noise import Source
 
-from .contributions import Rejected
+from ..contributions import Rejected
+from ..units import Distributed
+from ..validation import MEASURE, Validation
+from ..wire.messages import Arrays, Scalar, Task
 from .encoding import Residues
 from .masks import Masks
-from .messages import Arrays, Scalar, Task
 from .secure_sum import SecureSum
-from .units import Distributed
-from .validation import MEASURE, Validation
 
 MESSAGE = "message"
 _CLOSE = 1e-4  # relative precision of a calibrated noise multiplier

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sfumato import _validate
 from sfumato.errors import ConfigurationError, DataError
 
-from .participant import batches
-from .schema import Schema
+from ..client.participant import batches
+from ..wire.schema import Schema
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -19,16 +19,16 @@ from sfumato.accounting import Ledger
 from sfumato.clipping import Flat, chosen
 from sfumato.errors import BudgetExceeded, ConfigurationError
 
-from .cohorts import Cohort, FixedCohort
-from .local import LocalTraining, Loss, plain
-from .messages import Arrays, Reply, Task
-from .participant import Client, Stream
+from ..client.local import LocalTraining, Loss, plain
+from ..client.participant import Client, Stream
+from ..client.worker import Worker
+from ..cohorts import Cohort, FixedCohort
+from ..parameters.selection import All
+from ..seeds import derive
+from ..units import ClientLevel, LocalLevel, SampleLevel
+from ..wire.messages import Arrays, Reply, Task
+from ..wire.schema import Schema, digest
 from .predictions import Distill, hash_of, learn, predictions_schema, probabilities, rows_of, scaled
-from .schema import Schema, digest
-from .seeds import derive
-from .selection import All
-from .units import ClientLevel, LocalLevel, SampleLevel
-from .worker import Worker
 
 Protected = SampleLevel | ClientLevel | LocalLevel
 

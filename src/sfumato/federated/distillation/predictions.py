@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sfumato import _validate
 from sfumato.errors import ConfigurationError
 
-from .schema import Schema
+from ..wire.schema import Schema
 
 CHUNK = 4096
 

@@ -17,9 +17,9 @@ from sfumato.errors import BudgetExceeded, ConfigurationError
 from sfumato.noise import Research, Secure
 from sfumato.sampling import Poisson
 
+from ..units import SampleLevel
 from .live import Live
 from .participant import Batch, Client, batches, tensors
-from .units import SampleLevel
 
 Loss = Callable[[Any, Any], Tensor]
 LARGE = 1 << 17  # from here on adding gradients into one flat tensor costs more than handling them one by one

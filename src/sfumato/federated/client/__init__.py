@@ -1,0 +1,1 @@
+"""The clients' side: data and ledger, the live model, local training, answers."""

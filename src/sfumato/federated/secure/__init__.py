@@ -1,0 +1,1 @@
+"""Integer noise in shares: the sum of many clients under masks that are simulated."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from email import message_from_bytes, policy
+from email.message import Message
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ HAM, SPAM = 0, 1
 
 
 class Mail(NamedTuple):
-    """``text``: subject and body without markup; ``key``: a hash of the first 200 letters.
+    """``text``: subject and body without markup; ``key``: a hash of the first 200 letters; ``sender``: see below.
 
     Letters only: copies of one advertisement differ in figures, and at the end.
     """
@@ -21,6 +22,7 @@ class Mail(NamedTuple):
     text: str
     label: int
     key: str
+    sender: str
 
 
 class _Visible(HTMLParser):
@@ -58,7 +60,20 @@ def parse(raw: bytes, label: int) -> Mail:
             body = " ".join(page.words)
     text = " ".join(f"{message['subject'] or ''} {body}".split())
     letters = re.sub(r"[\W\d_]+", "", text.lower())[:200]
-    return Mail(text, label, hashlib.sha256(letters.encode()).hexdigest())
+    return Mail(text, label, hashlib.sha256(letters.encode()).hexdigest(), sender(message))
+
+
+def sender(message: Message) -> str:
+    """The mailing list that a mail came over, by its List-Id; otherwise the registered domain of its From address."""
+    headers = {name.lower(): str(value) for name, value in message.raw_items()}  # unparsed: spam forges them
+    if listed := re.search(r"<([\w.-]+)>\s*$", headers.get("list-id", "")):
+        return f"list {listed[1].lower()}"
+    found = re.search(r"@([\w-]+(?:\.[\w-]+)*)", headers.get("from", ""))
+    if found is None:
+        return "unknown"
+    labels = found[1].lower().split(".")
+    second = len(labels) > 2 and len(labels[-1]) == 2 and labels[-2] in ("ac", "co", "com", "edu", "gov", "net", "org")
+    return ".".join(labels[-3 if second else -2 :])
 
 
 def read_mails(folder: Path) -> list[Mail]:

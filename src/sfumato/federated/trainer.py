@@ -25,7 +25,7 @@ from . import checkpoint as checkpoints
 from .allocation import Adaptive, Allocation, Uniform
 from .client.live import frozen_digest
 from .client.local import LocalTraining, Loss
-from .client.participant import Client, Stream, tensors
+from .client.participant import Client, Stream
 from .client.worker import Worker
 from .cohorts import Cohort, PoissonCohort, Terms, event_of
 from .cohorts import checked as checked_cohort
@@ -41,7 +41,7 @@ from .server import checked as checked_server
 from .settings import Settings
 from .transport import InProcess, Transport
 from .units import UNITS, ClientLevel, Distributed, LocalLevel, SampleLevel, Unit, privacy_unit
-from .validation import MEASURE, Validation, correct, share
+from .validation import MEASURE, Validation, share
 from .vectorized import Vectorized
 from .wire.compression import Codec
 from .wire.narrowing import counts_schema, narrowed, positions, scores_schema
@@ -315,7 +315,7 @@ class FederatedTrainer:
         answer = None
         if self.settings.validation.public is not None:
             self._everything.write(self._model, state.vector)
-            found = self._public_accuracy()
+            found = self.settings.validation.accuracy(self._model)
         else:
             z = self.settings.validation.noise_multiplier
             private = isinstance(self.settings.unit, ClientLevel | Distributed)
@@ -339,12 +339,6 @@ class FederatedTrainer:
         ):
             state.factor = max(self.settings.allocation.lowest, state.factor * self.settings.allocation.factor)
         return found, answer
-
-    def _public_accuracy(self) -> float:
-        assert self.settings.validation is not None
-        held = tensors(self.settings.validation.public)
-        assert held is not None
-        return correct(self._model, *held) / len(held[1])
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,12 @@ class Validation:
         """Charged measures in so many rounds."""
         return 0 if self.public is not None else rounds // self.every
 
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the public records that ``model`` classifies right."""
+        held = tensors(self.public)
+        assert held is not None
+        return correct(model, *held) / len(held[1])
+
     def converged(self, measures: Sequence[float]) -> bool:
         """Whether these measures, oldest first, say that training may end."""
         if self.patience is None or len(measures) <= self.patience:

@@ -96,6 +96,24 @@ def pure(case: Case, data: Data) -> Turn:
     return turn
 
 
+def ordinary(case: Case, data: Data) -> Turn:
+    """The same with ``torch.optim.SGD``, as most people would write it."""
+    model, generator = case.make(), torch.Generator().manual_seed(0)
+    start = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+
+    def turn() -> None:
+        model.load_state_dict(start)
+        for held in data.values():
+            x, y = held.tensors
+            for rows in torch.randperm(len(x), generator=generator).split(case.batch):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+
+    return turn
+
+
 def trainer(
     case: Case, data: Data, *, vectorize: bool, rounds: int, on_round: Callable[[Round], object] | None = None
 ) -> FederatedTrainer:
@@ -200,6 +218,7 @@ def pfl(case: Case, data: Data) -> Turn:
 
 ENGINES: dict[str, Callable[[Case, Data], Turn]] = {
     "local training alone": pure,
+    "local training, torch.optim.SGD": ordinary,
     "Sfumato": sfumato,
     "Sfumato, vectorize=True": vectorized,
     "pfl-research": pfl,

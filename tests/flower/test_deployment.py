@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import ssl
 import time
@@ -12,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 pytest.importorskip("flwr.app")
 pytest.importorskip("sklearn")
 
+from safetensors.torch import load_file
+
+from sfumato.accounting import Ledger
+from sfumato.federated import FederatedTrainer
 from sfumato.integrations.flower import Deployment
 from sfumato.integrations.flower.deploy import Process
 from sfumato.integrations.flower.keys import node_key
@@ -26,12 +33,15 @@ APP = Path(__file__).parents[2] / "examples" / "flower_app"
 DEADLINE = 40.0
 
 
-@pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    folder = tmp_path_factory.mktemp("deployment")
+def deployed(folder: Path) -> Deployment:
     config = {f"clinic-{n}": {"part": n, "parts": 2, "ledger": str(folder / f"{n}.db")} for n in range(2)}
     # One thread each: the processes share few cores.
-    with Deployment(folder / "flower", config, variables={"OMP_NUM_THREADS": "1"}) as running:
+    return Deployment(folder / "flower", config, variables={"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    with deployed(tmp_path_factory.mktemp("deployment")) as running:
         yield running
 
 
@@ -115,3 +125,41 @@ def test_a_run_and_a_node_that_is_killed_in_it(deployment: Deployment, app: Call
     for number in range(2):
         assert (deployment.folder.parent / f"{number}.db").stat().st_size > 0
     assert time.monotonic() - begins < 90.0
+
+
+def test_a_deployed_run_equals_the_one_in_this_process(
+    app: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal seeds of the research noise: the same parameters, and the same events in every ledger."""
+    out = tmp_path / "model.safetensors"
+    with deployed(tmp_path) as running:
+        run = running.start(app(rounds=2, noise="research", seed=7, out=str(out)))
+        outcome = running.result(run, timeout=80.0)
+    assert outcome["status"] == "finished"
+    monkeypatch.syspath_prepend(str(APP))
+    agreed = importlib.import_module("digits_app.federation")
+    held = agreed.data(2)
+    names = sorted(held.clients)
+    result = FederatedTrainer(
+        model=agreed.pretrained(held.public),
+        clients={f"clinic-{n}": TensorDataset(held.clients[name].x, held.clients[name].y) for n, name in enumerate(names)},
+        privacy=agreed.UNIT,
+        local=agreed.LOCAL,
+        rounds=2,
+        noise="research",
+        seed=7,
+    ).fit()
+    there, here = load_file(out), result.model.state_dict()
+    assert set(there) == set(here)
+    for name, value in here.items():
+        assert torch.allclose(there[name], value, rtol=0.0, atol=1e-6), name
+    for n in range(2):
+        with Ledger(tmp_path / f"{n}.db") as ledger:
+            assert charged(ledger) == charged(result.client_ledgers[f"clinic-{n}"])
+            assert len(charged(ledger)) > 10
+    assert outcome["epsilon"] == pytest.approx(result.epsilon, abs=1e-9)
+
+
+def charged(ledger: Ledger) -> list[tuple[Any, ...]]:
+    """Everything in it but when and in which run."""
+    return [(e["step"], e["group"], e["dataset"], e["event"], e["count"], e["note"]) for e in ledger.entries()]

@@ -26,6 +26,8 @@ def make(context: Context) -> tuple[Worker, Client]:
         train=All(),
         loss=F.cross_entropy,
         rounds=int(context.run_config["rounds"]),
+        noise=str(context.run_config["noise"]),
+        seed=int(context.run_config["seed"]),
     )
     return worker, client
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid
+from safetensors.torch import save_model
 
 from digits_app.federation import LOCAL, UNIT, data, pretrained
 from sfumato.federated import FederatedTrainer
@@ -28,13 +28,15 @@ def fit(grid: Grid, context: Context) -> dict[str, Scalar]:
         local=LOCAL,
         rounds=int(config["rounds"]),
         deadline=float(config["deadline"]),
+        noise=str(config["noise"]),
+        seed=int(config["seed"]),
         on_round=lambda round: print(f"round {round.number}: {round.accepted} of {round.cohort}", flush=True),
     ).fit()
     result.model.eval()
     with torch.no_grad():
         right = result.model(held.data.test.x).argmax(1) == held.data.test.y
     if config["out"]:
-        torch.save(result.model.state_dict(), Path(str(config["out"])))
+        save_model(result.model, str(config["out"]))
     return {
         "accuracy": float(right.float().mean()),
         "epsilon": result.epsilon,

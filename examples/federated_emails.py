@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -151,10 +152,9 @@ def encoded(mails: Sequence[Mail], s: Settings, source: Path) -> Tensor:
     made = repr((tokens, [mail.key for mail in mails], sorted((p.name, p.stat().st_size) for p in source.iterdir())))
     name = hashlib.sha256(made.encode()).hexdigest()
     if s.cache and Path(s.cache).is_file():
-        held = torch.load(s.cache, weights_only=True)
-        if held["name"] == name:
-            states: Tensor = held["states"]
-            return states
+        held = load_file(s.cache)
+        if name in held:
+            return held[name]
     started, tokenizer = time.perf_counter(), AutoTokenizer.from_pretrained(source, local_files_only=True)
     encoder = build("head", source, tokenizer)
     ids = tokenized(mails, tokenizer, tokens)
@@ -168,7 +168,7 @@ def encoded(mails: Sequence[Mail], s: Settings, source: Path) -> Tensor:
         states[rows] = outputs(encoder, part)
     say(f"encoded {len(mails)} mails in {time.perf_counter() - started:.0f} s")
     if s.cache:
-        torch.save({"name": name, "states": states}, s.cache)
+        save_file({name: states}, s.cache)
     return states
 
 

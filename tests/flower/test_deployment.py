@@ -139,10 +139,10 @@ def test_a_deployed_run_equals_the_one_in_this_process(
     monkeypatch.syspath_prepend(str(APP))
     agreed = importlib.import_module("digits_app.federation")
     held = agreed.data(2)
-    names = sorted(held.clients)
+    parts = [held.clients[name] for name in sorted(held.clients)]
     result = FederatedTrainer(
         model=agreed.pretrained(held.public),
-        clients={f"clinic-{n}": TensorDataset(held.clients[name].x, held.clients[name].y) for n, name in enumerate(names)},
+        clients={f"clinic-{n}": TensorDataset(part.x, part.y) for n, part in enumerate(parts)},
         privacy=agreed.UNIT,
         local=agreed.LOCAL,
         rounds=2,

@@ -38,7 +38,8 @@ def largest_meaning(found: Sequence[Meaning], epsilon: float) -> Meaning:
     return Meaning(
         advantage=max(m.advantage for m in found),
         detection=envelope([m.detection for m in found]),
-        unamplified=max(*unamplified, epsilon) if unamplified else None,
+        # Where hardly any client gains from its batches there is nothing to warn of.
+        unamplified=max(unamplified) if unamplified and max(unamplified) > 1.001 * epsilon else None,
         groups=tuple((k, max(dict(m.groups)[k] for m in found)) for k, _ in first.groups),
     )
 
